@@ -1,0 +1,50 @@
+//! Running a command as one visible step of a long recipe.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+
+/// Says on stderr what happens now.
+pub fn say(message: &str) {
+    eprintln!("katavm: {message}");
+}
+
+/// Runs a command with its output in `log`, saying `title` first and the time it took after.
+///
+/// # Errors
+/// When the command cannot be started or fails; the error ends with the last lines of the log.
+pub fn run(title: &str, command: &mut Command, log: &Path) -> Result<()> {
+    say(&format!("{title} ..."));
+    let start = Instant::now();
+    let file = File::options().create(true).append(true).open(log)?;
+    let program = command.get_program().to_string_lossy().into_owned();
+    let status = command
+        .stdin(Stdio::null())
+        .stdout(file.try_clone()?)
+        .stderr(file)
+        .status()
+        .with_context(|| format!("cannot run {program}"))?;
+    if !status.success() {
+        bail!("{title}: {program} ended with {status}; the end of {}:\n{}", log.display(), tail(log, 20));
+    }
+    say(&format!("{title}: done in {:.0} s", start.elapsed().as_secs_f32()));
+    Ok(())
+}
+
+/// A command with its arguments, ready for [`run`].
+pub fn command<I: IntoIterator<Item = S>, S: AsRef<OsStr>>(program: &str, args: I) -> Command {
+    let mut command = Command::new(program);
+    command.args(args);
+    command
+}
+
+fn tail(log: &Path, lines: usize) -> String {
+    let text = std::fs::read(log).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let all: Vec<&str> = text.lines().collect();
+    all[all.len().saturating_sub(lines)..].join("\n")
+}
