@@ -1,0 +1,10 @@
+//! vsock ports. Only the host may dial the guest's, and only an agent that boots may dial the host's.
+
+/// On the host: the agent says here, once, that it is ready.
+pub const READY: u32 = 1023;
+/// In the guest: the ttrpc service.
+pub const RPC: u32 = 1024;
+/// In the guest: one connection per container stream.
+pub const STREAM: u32 = 1025;
+/// The host's context identifier (virtio 1.3, 5.10.4).
+pub const HOST_CID: u32 = 2;
