@@ -1,0 +1,168 @@
+//! A descriptor chain, copied out of guest memory once and checked as a whole (virtio 1.3, 2.7.5).
+
+use std::mem::size_of;
+
+use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
+use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemory as _};
+
+use super::Buffers;
+use crate::memory::GuestMemory;
+
+/// More descriptors than this in one chain are refused, indirect ones included. Linux' drivers stay far below.
+const MAX_DESCRIPTORS: usize = 1024;
+
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+struct RawDescriptor {
+    addr: u64,
+    len: u32,
+    flags: u16,
+    next: u16,
+}
+
+// SAFETY: plain integers without padding (8 + 4 + 2 + 2 bytes, alignment 8): any bytes are a valid value.
+unsafe impl ByteValued for RawDescriptor {}
+
+impl RawDescriptor {
+    fn has(&self, flag: u32) -> bool {
+        u32::from(u16::from_le(self.flags)) & flag != 0
+    }
+}
+
+/// What is wrong with a chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ChainError {
+    /// A `next` or head index outside the table.
+    #[error("descriptor index {0} is outside a table of {1}")]
+    Index(u16, u16),
+    /// The table itself is not in guest memory.
+    #[error("the descriptor table is outside guest memory")]
+    Table,
+    /// The chain is longer than its table, so it has a loop, or longer than any sensible request.
+    #[error("the chain has a loop or is too long")]
+    TooLong,
+    /// An indirect table inside another, of a bad size, or with a `next`.
+    #[error("bad indirect descriptor")]
+    Indirect,
+    /// A buffer that is not wholly inside one region of guest memory.
+    #[error("a buffer of {len} bytes at {addr:#x} is outside guest memory")]
+    Buffer {
+        /// Guest-physical address.
+        addr: u64,
+        /// Length in bytes.
+        len: u32,
+    },
+    /// More than 2^32 bytes in total.
+    #[error("the chain is longer than 2^32 bytes")]
+    Overflow,
+    /// A device-readable buffer after a device-writable one (virtio 1.3, 2.7.4.2).
+    #[error("a device-readable buffer follows a device-writable one")]
+    Order,
+}
+
+/// One request of the driver: its buffers, all of them valid.
+#[derive(Clone, Debug)]
+pub struct Chain {
+    head: u16,
+    readable: Vec<(GuestAddress, u32)>,
+    writable: Vec<(GuestAddress, u32)>,
+}
+
+impl Chain {
+    /// Reads and checks the chain that starts at `head` of the table at `table` with `size` entries.
+    pub(super) fn read(memory: &GuestMemory, table: GuestAddress, size: u16, head: u16) -> Result<Self, ChainError> {
+        let mut chain = Self { head, readable: Vec::new(), writable: Vec::new() };
+        chain.walk(memory, table, size, head, false)?;
+        Ok(chain)
+    }
+
+    fn walk(
+        &mut self,
+        memory: &GuestMemory,
+        table: GuestAddress,
+        size: u16,
+        head: u16,
+        indirect: bool,
+    ) -> Result<(), ChainError> {
+        let mut index = head;
+        // A chain without a loop visits each entry of its table at most once.
+        for _ in 0..size {
+            if index >= size {
+                return Err(ChainError::Index(index, size));
+            }
+            let offset = u64::from(index) * size_of::<RawDescriptor>() as u64;
+            let address = GuestAddress(table.0.checked_add(offset).ok_or(ChainError::Table)?);
+            let descriptor: RawDescriptor = memory.read_obj(address).map_err(|_| ChainError::Table)?;
+            if descriptor.has(VRING_DESC_F_INDIRECT) {
+                return self.walk_indirect(memory, &descriptor, indirect);
+            }
+            self.push(memory, &descriptor)?;
+            if !descriptor.has(VRING_DESC_F_NEXT) {
+                return Ok(());
+            }
+            index = u16::from_le(descriptor.next);
+        }
+        Err(ChainError::TooLong)
+    }
+
+    fn walk_indirect(
+        &mut self,
+        memory: &GuestMemory,
+        descriptor: &RawDescriptor,
+        nested: bool,
+    ) -> Result<(), ChainError> {
+        let len = u32::from_le(descriptor.len);
+        let entry = size_of::<RawDescriptor>() as u32;
+        let bad = nested || descriptor.has(VRING_DESC_F_NEXT) || len == 0 || len % entry != 0;
+        let size = u16::try_from(len / entry).map_err(|_| ChainError::Indirect)?;
+        if bad {
+            return Err(ChainError::Indirect);
+        }
+        self.walk(memory, GuestAddress(u64::from_le(descriptor.addr)), size, 0, true)
+    }
+
+    fn push(&mut self, memory: &GuestMemory, descriptor: &RawDescriptor) -> Result<(), ChainError> {
+        if self.readable.len() + self.writable.len() >= MAX_DESCRIPTORS {
+            return Err(ChainError::TooLong);
+        }
+        let (addr, len) = (u64::from_le(descriptor.addr), u32::from_le(descriptor.len));
+        if self.len() + u64::from(len) > 1 << 32 {
+            return Err(ChainError::Overflow);
+        }
+        let address = GuestAddress(addr);
+        // An empty buffer has no bytes to be outside of memory.
+        if len != 0 {
+            memory.get_slice(address, len as usize).map_err(|_| ChainError::Buffer { addr, len })?;
+        }
+        if descriptor.has(VRING_DESC_F_WRITE) {
+            self.writable.push((address, len));
+        } else if self.writable.is_empty() {
+            self.readable.push((address, len));
+        } else {
+            return Err(ChainError::Order);
+        }
+        Ok(())
+    }
+
+    fn len(&self) -> u64 {
+        self.readable.iter().chain(&self.writable).map(|(_, len)| u64::from(*len)).sum()
+    }
+
+    /// The index of the first descriptor, by which the chain is given back.
+    #[must_use]
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// The buffers that the driver filled, in order. `memory` must be the memory of the queue.
+    #[must_use]
+    pub fn reader<'m>(&self, memory: &'m GuestMemory) -> Buffers<'m> {
+        Buffers::new(memory, &self.readable)
+    }
+
+    /// The buffers that the device fills, in order. `memory` must be the memory of the queue.
+    #[must_use]
+    pub fn writer<'m>(&self, memory: &'m GuestMemory) -> Buffers<'m> {
+        Buffers::new(memory, &self.writable)
+    }
+}

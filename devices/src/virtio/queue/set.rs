@@ -1,0 +1,159 @@
+//! All queues of one device, with their kicks and the interrupt.
+
+use std::io;
+
+use event_manager::{EventOps, EventSet, Events};
+use log::{error, warn};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::{Chain, QueueError, QueueState, VirtQueue};
+use crate::memory::GuestMemory;
+use crate::virtio::Interrupt;
+
+struct Active {
+    queues: Vec<VirtQueue>,
+    interrupt: Interrupt,
+    memory: GuestMemory,
+}
+
+/// The queues of a device: inactive until the driver has set them up, inactive again after a reset or a broken rule.
+pub struct QueueSet {
+    sizes: Vec<u16>,
+    kicks: Vec<EventFd>,
+    active: Option<Active>,
+}
+
+impl QueueSet {
+    /// Queues of at most `sizes` descriptors each (powers of two).
+    ///
+    /// # Errors
+    /// When no eventfd can be made.
+    pub fn new(sizes: &[u16]) -> io::Result<Self> {
+        let kicks = sizes.iter().map(|_| EventFd::new(EFD_NONBLOCK)).collect::<io::Result<_>>()?;
+        Ok(Self { sizes: sizes.to_vec(), kicks, active: None })
+    }
+
+    /// The largest size of each queue.
+    #[must_use]
+    pub fn sizes(&self) -> &[u16] {
+        &self.sizes
+    }
+
+    /// One eventfd per queue, which the VMM gives to KVM as ioeventfds on `QueueNotify`.
+    #[must_use]
+    pub fn kicks(&self) -> &[EventFd] {
+        &self.kicks
+    }
+
+    /// Whether the driver has set the queues up.
+    #[must_use]
+    pub fn is_active(&self) -> bool {
+        self.active.is_some()
+    }
+
+    /// The memory of the queues, while they are active.
+    #[must_use]
+    pub fn memory(&self) -> Option<GuestMemory> {
+        self.active.as_ref().map(|active| active.memory.clone())
+    }
+
+    /// Tells the driver that the configuration space changed.
+    pub fn signal_config(&self) {
+        if let Some(active) = &self.active {
+            active.interrupt.signal_config();
+        }
+    }
+
+    pub(crate) fn activate(&mut self, queues: Vec<VirtQueue>, memory: GuestMemory, interrupt: Interrupt) {
+        self.active = Some(Active { queues, interrupt, memory });
+    }
+
+    pub(crate) fn deactivate(&mut self) {
+        self.active = None;
+    }
+
+    pub(crate) fn save(&self) -> Option<Vec<QueueState>> {
+        self.active.as_ref().map(|active| active.queues.iter().map(VirtQueue::save).collect())
+    }
+
+    /// Registers all kicks with the event loop; the index of the queue comes back as [`Events::data`].
+    pub fn register(&self, ops: &mut EventOps) {
+        for (kick, index) in self.kicks.iter().zip(0..) {
+            if let Err(error) = ops.add(Events::with_data(kick, index, EventSet::IN)) {
+                error!("cannot watch a queue's kicks: {error}");
+            }
+        }
+    }
+
+    /// Takes the kicks of queue `index` off its eventfd. False when there were none.
+    pub fn take_kick(&self, index: usize) -> bool {
+        self.kicks.get(index).is_some_and(|kick| kick.read().is_ok())
+    }
+
+    /// Makes the event loop look at all queues again, as after a restore.
+    pub fn kick_all(&self) {
+        for kick in &self.kicks {
+            if let Err(error) = kick.write(1) {
+                error!("cannot kick a queue: {error}");
+            }
+        }
+    }
+
+    /// Takes the next chain of queue `index`. None as well when the queue is not active, or the
+    /// driver broke the rules: the device is then in `DEVICE_NEEDS_RESET` and the queues are inactive.
+    pub fn pop(&mut self, index: usize) -> Option<Chain> {
+        self.guarded(index, VirtQueue::pop).flatten()
+    }
+
+    /// Puts the chain that was taken last from queue `index` back.
+    pub fn undo_pop(&mut self, index: usize) {
+        self.guarded(index, |queue| {
+            queue.undo_pop();
+            Ok(())
+        });
+    }
+
+    /// Gives a chain back with `len` bytes written; the driver is told by [`notify`](Self::notify).
+    pub fn add_used(&mut self, index: usize, head: u16, len: usize) {
+        let len = u32::try_from(len).unwrap_or(u32::MAX);
+        self.guarded(index, |queue| queue.add_used(head, len));
+    }
+
+    /// Interrupts the driver if it wants to hear of what was given back on queue `index`.
+    pub fn notify(&mut self, index: usize) {
+        if self.guarded(index, VirtQueue::needs_notification) == Some(true)
+            && let Some(active) = &self.active
+        {
+            active.interrupt.signal_used();
+        }
+    }
+
+    /// Asks for kicks on queue `index` again; true when there is more to take already.
+    pub fn enable_kicks(&mut self, index: usize) -> bool {
+        self.guarded(index, VirtQueue::enable_notification) == Some(true)
+    }
+
+    /// Asks for no kicks on queue `index` for now.
+    pub fn disable_kicks(&mut self, index: usize) {
+        self.guarded(index, VirtQueue::disable_notification);
+    }
+
+    /// Puts the device into `DEVICE_NEEDS_RESET`: it does nothing more until the driver resets it.
+    pub fn fail(&mut self, why: &dyn std::fmt::Display) {
+        if let Some(active) = self.active.take() {
+            warn!("a device needs a reset: {why}");
+            active.interrupt.fail();
+        }
+    }
+
+    fn guarded<T>(&mut self, index: usize, act: impl FnOnce(&mut VirtQueue) -> Result<T, QueueError>) -> Option<T> {
+        let queue = self.active.as_mut()?.queues.get_mut(index)?;
+        match act(queue) {
+            Ok(value) => Some(value),
+            Err(error) => {
+                self.fail(&format_args!("queue {index}: {error}"));
+                None
+            }
+        }
+    }
+}
