@@ -11,3 +11,4 @@ pub use chain::{Chain, ChainError};
 pub use set::QueueSet;
 pub use state::QueueState;
 pub use virtqueue::{QueueError, VirtQueue};
+pub(crate) use virtqueue::{registers_of, restore_registers, save_registers};

@@ -212,3 +212,8 @@ pub(crate) fn restore_registers(state: &QueueState) -> Result<Queue, QueueError>
         used_ring: state.used_ring,
     })?)
 }
+
+/// A copy of a queue's registers.
+pub(crate) fn registers_of(queue: &Queue) -> Result<Queue, QueueError> {
+    restore_registers(&save_registers(queue))
+}
