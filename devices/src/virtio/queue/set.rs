@@ -99,6 +99,32 @@ impl QueueSet {
         }
     }
 
+    /// Makes the event loop look at queue `index` again.
+    pub fn kick(&self, index: usize) {
+        if let Some(kick) = self.kicks.get(index)
+            && let Err(error) = kick.write(1)
+        {
+            error!("cannot kick queue {index}: {error}");
+        }
+    }
+
+    /// Serves at most `limit` chains of queue `index` one after the other: `handle` does what a chain asks
+    /// for and returns how many bytes it wrote into it. Where more are waiting, the queue is kicked again.
+    pub fn serve(&mut self, index: usize, limit: usize, mut handle: impl FnMut(&Chain, &GuestMemory) -> usize) {
+        let Some(memory) = self.memory() else { return };
+        self.disable_kicks(index);
+        for _ in 0..limit {
+            if let Some(chain) = self.pop(index) {
+                let written = handle(&chain, &memory);
+                self.add_used(index, chain.head(), written);
+            } else if !self.enable_kicks(index) {
+                return self.notify(index);
+            }
+        }
+        self.notify(index);
+        self.kick(index);
+    }
+
     /// Takes the next chain of queue `index`. None as well when the queue is not active, or the
     /// driver broke the rules: the device is then in `DEVICE_NEEDS_RESET` and the queues are inactive.
     pub fn pop(&mut self, index: usize) -> Option<Chain> {
