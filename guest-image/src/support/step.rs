@@ -4,7 +4,9 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Instant;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
@@ -13,7 +15,11 @@ pub fn say(message: &str) {
     eprintln!("katavm: {message}");
 }
 
-/// Runs a command with its output in `log`, saying `title` first and the time it took after.
+/// How often a running step says that it still runs.
+const PROGRESS: Duration = Duration::from_secs(15);
+
+/// Runs a command with its output in `log`, saying `title` first and the time it took after; a step that takes
+/// longer also says now and then for how long it has been running and what its log's last line is.
 ///
 /// # Errors
 /// When the command cannot be started or fails; the error ends with the last lines of the log.
@@ -22,12 +28,23 @@ pub fn run(title: &str, command: &mut Command, log: &Path) -> Result<()> {
     let start = Instant::now();
     let file = File::options().create(true).append(true).open(log)?;
     let program = command.get_program().to_string_lossy().into_owned();
-    let status = command
+    let mut child = command
         .stdin(Stdio::null())
         .stdout(file.try_clone()?)
         .stderr(file)
-        .status()
+        .spawn()
         .with_context(|| format!("cannot run {program}"))?;
+    let status = thread::scope(|scope| {
+        let (ended, running) = mpsc::channel::<()>();
+        scope.spawn(move || {
+            while running.recv_timeout(PROGRESS) == Err(RecvTimeoutError::Timeout) {
+                say(&format!("{title}: {:.0} s: {}", start.elapsed().as_secs_f32(), tail(log, 1).trim()));
+            }
+        });
+        let status = child.wait();
+        drop(ended);
+        status
+    })?;
     if !status.success() {
         bail!("{title}: {program} ended with {status}; the end of {}:\n{}", log.display(), tail(log, 20));
     }
