@@ -20,7 +20,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     for name in ["agent.rs", "agent_ttrpc.rs"] {
         let path = out.join(name);
         let text = fs::read_to_string(&path)?;
-        let kept: Vec<&str> = text.lines().filter(|line| !line.starts_with("#![") && !line.starts_with("//!")).collect();
+        let kept: Vec<&str> =
+            text.lines().filter(|line| !line.starts_with("#![") && !line.starts_with("//!")).collect();
         fs::write(&path, kept.join("\n"))?;
     }
     Ok(())

@@ -1,1 +1,25 @@
-//! placeholder
+//! The agent: PID 1 of the guest. It prepares the guest, runs containers in it and speaks to the host.
+//!
+//! The binary is also its own helper: see [`helper`].
+
+pub mod boot;
+pub mod cgroup;
+pub mod container;
+pub mod end;
+pub mod error;
+pub mod events;
+pub mod helper;
+pub mod log;
+pub mod reaper;
+pub mod sandbox;
+pub mod server;
+pub mod service;
+pub mod streams;
+pub mod transport;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Locks; a panic of another holder is no reason for PID 1 to panic as well.
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,168 @@
+//! A container's config.json, made fit for the guest and for libcontainer.
+//!
+//! What the guest cannot do is refused, unless the virtual machine around it makes it meaningless.
+
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{
+    Capabilities, HooksBuilder, LinuxCapabilitiesBuilder, LinuxIdMapping, LinuxNamespaceType, Process, Spec,
+};
+
+use crate::error::Error;
+
+/// Parses and adapts a specification.
+///
+/// # Errors
+/// What in it is wrong, or cannot be had.
+pub fn adapt(json: &[u8], cgroup: PathBuf) -> Result<Spec, Error> {
+    let mut spec: Spec =
+        serde_json::from_slice(json).map_err(|error| Error::Invalid(format!("the specification: {error}")))?;
+    let missing = |what: &str| Error::Invalid(format!("the specification has no {what}"));
+    if spec.root().as_ref().is_none_or(|root| !root.path().is_absolute()) {
+        return Err(missing("absolute root.path"));
+    }
+    let mut process = spec.process().clone().ok_or_else(|| missing("process"))?;
+    adapt_process(&mut process)?;
+    spec.set_process(Some(process));
+    let mut linux = spec.linux().clone().ok_or_else(|| missing("linux section"))?;
+    if linux.seccomp().as_ref().is_some_and(|seccomp| seccomp.listener_path().is_some()) {
+        return Err(Error::Invalid("linux.seccomp.listenerPath: a listener on the host cannot serve a guest".into()));
+    }
+    linux.set_cgroups_path(Some(cgroup));
+    // The guest's network is the container's network: the virtual machine is the namespace.
+    let namespaces = linux.namespaces().clone().unwrap_or_default();
+    let kept = namespaces.into_iter().filter(|namespace| namespace.typ() != LinuxNamespaceType::Network);
+    linux.set_namespaces(Some(kept.collect()));
+    // Neither SELinux nor resctrl is in the guest.
+    linux.set_mount_label(None);
+    linux.set_intel_rdt(None);
+    linux.set_net_devices(None);
+    spec.set_linux(Some(linux));
+    // Hooks name programs of the host, which runs them; only startContainer's are in the container.
+    let start = spec.hooks().as_ref().and_then(|hooks| hooks.start_container().clone());
+    let hooks = start.and_then(|start| HooksBuilder::default().start_container(start).build().ok());
+    spec.set_hooks(hooks);
+    Ok(spec)
+}
+
+/// Adapts a process, a container's first or a further one.
+///
+/// # Errors
+/// What in it is wrong.
+pub fn adapt_process(process: &mut Process) -> Result<(), Error> {
+    let args = process.args().as_deref().unwrap_or_default();
+    let Some(program) = args.first() else {
+        return Err(Error::Invalid("process.args is empty".into()));
+    };
+    if program.is_empty() {
+        return Err(Error::NotFound("exec: \"\": executable file not found in $PATH".into()));
+    }
+    if args.iter().chain(process.env().iter().flatten()).any(|text| text.contains('\0')) {
+        return Err(Error::Invalid("process.args or process.env holds a NUL byte".into()));
+    }
+    if !process.cwd().is_absolute() {
+        return Err(Error::Invalid(format!("process.cwd {:?} is not absolute", process.cwd().display())));
+    }
+    // libcontainer takes "false" for a reason to load seccomp after the capabilities are gone, which fails.
+    if process.no_new_privileges() == Some(false) {
+        process.set_no_new_privileges(None);
+    }
+    // libcontainer keeps all capabilities where none are listed; runc drops them.
+    if process.capabilities().is_none() {
+        let none = Capabilities::new();
+        let all = LinuxCapabilitiesBuilder::default()
+            .bounding(none.clone())
+            .effective(none.clone())
+            .permitted(none.clone())
+            .inheritable(none.clone())
+            .ambient(none)
+            .build()
+            .map_err(|error| Error::Internal(format!("no capabilities: {error}")))?;
+        process.set_capabilities(Some(all));
+    }
+    process.set_apparmor_profile(None);
+    process.set_selinux_label(None);
+    Ok(())
+}
+
+/// The number that `id` of the container's user namespace has in the guest.
+pub fn outside(id: u32, mappings: Option<&Vec<LinuxIdMapping>>) -> u32 {
+    let Some(mappings) = mappings else { return id };
+    let map = |mapping: &LinuxIdMapping| {
+        let offset = id.checked_sub(mapping.container_id()).filter(|offset| *offset < mapping.size())?;
+        mapping.host_id().checked_add(offset)
+    };
+    mappings.iter().find_map(map).unwrap_or(id)
+}
+
+/// The user and group of a process as the guest knows them.
+pub fn owner(spec: &Spec, process: &Process) -> (u32, u32) {
+    let linux = spec.linux().as_ref();
+    let uids = linux.and_then(|linux| linux.uid_mappings().as_ref());
+    let gids = linux.and_then(|linux| linux.gid_mappings().as_ref());
+    (outside(process.user().uid(), uids), outside(process.user().gid(), gids))
+}
+
+/// Whether a mount of the specification covers `path`, so that it is not the root file system's.
+pub fn is_below_mount(spec: &Spec, path: &Path) -> bool {
+    let mounts = spec.mounts().as_deref().unwrap_or_default();
+    mounts.iter().any(|mount| path.starts_with(mount.destination()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn adapted(json: serde_json::Value) -> Result<Spec, Error> {
+        adapt(&serde_json::to_vec(&json).unwrap(), "/katavm/c1".into())
+    }
+
+    fn minimal() -> serde_json::Value {
+        serde_json::json!({
+            "ociVersion": "1.2.0",
+            "root": {"path": "/run/katavm/shared/c1"},
+            "process": {"args": ["sh"], "cwd": "/", "user": {"uid": 0, "gid": 0}, "noNewPrivileges": false,
+                        "apparmorProfile": "docker-default"},
+            "linux": {"namespaces": [{"type": "pid"}, {"type": "network", "path": "/var/run/netns/x"}],
+                      "cgroupsPath": "/user.slice/c1"},
+            "hooks": {"prestart": [{"path": "/bin/host"}]}
+        })
+    }
+
+    #[test]
+    fn what_only_the_host_has_is_taken_out() {
+        let spec = adapted(minimal()).unwrap();
+        let linux = spec.linux().as_ref().unwrap();
+        assert_eq!(linux.cgroups_path().as_deref(), Some(Path::new("/katavm/c1")));
+        let namespaces = linux.namespaces().as_ref().unwrap();
+        assert_eq!(namespaces.iter().map(|n| n.typ()).collect::<Vec<_>>(), [LinuxNamespaceType::Pid]);
+        assert!(spec.hooks().is_none());
+        let process = spec.process().as_ref().unwrap();
+        assert!(process.apparmor_profile().is_none());
+        assert!(process.no_new_privileges().is_none());
+        assert!(process.capabilities().as_ref().unwrap().bounding().as_ref().unwrap().is_empty());
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        let broken = |change: &dyn Fn(&mut serde_json::Value)| {
+            let mut json = minimal();
+            change(&mut json);
+            adapted(json).unwrap_err().to_string()
+        };
+        assert!(broken(&|json| json["process"]["args"] = serde_json::json!([])).contains("process.args"));
+        assert!(broken(&|json| json["process"]["cwd"] = "tmp".into()).contains("process.cwd"));
+        assert!(broken(&|json| json["root"]["path"] = "rootfs".into()).contains("root.path"));
+        let listener = serde_json::json!({"defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/run/x"});
+        assert!(broken(&|json| json["linux"]["seccomp"] = listener.clone()).contains("listenerPath"));
+    }
+
+    #[test]
+    fn ids_are_mapped() {
+        let json = r#"[{"containerID": 0, "hostID": 100000, "size": 10}, {"containerID": 50, "hostID": 7, "size": 1}]"#;
+        let mappings: Vec<LinuxIdMapping> = serde_json::from_str(json).unwrap();
+        assert_eq!([0, 9, 50].map(|id| outside(id, Some(&mappings))), [100_000, 100_009, 7]);
+        assert_eq!(outside(10, Some(&mappings)), 10);
+        assert_eq!(outside(5, None), 5);
+    }
+}

@@ -1,0 +1,182 @@
+//! The ttrpc service: each request to the part that does it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use katavm_protocol::agent::{
+    CheckRequest, CheckResponse, ContainerRequest, CreateContainerRequest, CreateExecRequest, CreateSandboxRequest,
+    Empty, Event, ListProcessesResponse, ProcessRequest, ProcessResponse, ResizeTerminalRequest, SignalRequest,
+    StatsResponse, WaitResponse,
+};
+use katavm_protocol::agent_ttrpc::Agent;
+use katavm_protocol::reset::RESET_ORDERLY;
+use nix::errno::Errno;
+use nix::mount::{MntFlags, umount2};
+use ttrpc::Result;
+use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
+
+use crate::cgroup::{Cgroup, stats};
+use crate::container::Containers;
+use crate::error::Error;
+use crate::sandbox;
+use crate::server::kernel_release;
+
+/// How long first processes have between SIGTERM and SIGKILL when the sandbox ends.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// The service.
+pub struct Service {
+    containers: Arc<Containers>,
+}
+
+impl Service {
+    /// Over the guest's containers.
+    pub fn new(containers: Arc<Containers>) -> Self {
+        Self { containers }
+    }
+
+    async fn freeze(&self, container_id: &str, frozen: bool) -> Result<Empty> {
+        let cgroup = self.containers.cgroup(container_id)?;
+        let done = tokio::task::spawn_blocking(move || cgroup.freeze(frozen)).await;
+        let done = done.map_err(|error| Error::Internal(error.to_string()))?;
+        done.map_err(|error| Error::io("cannot change the freezer's state", error))?;
+        Ok(Empty::new())
+    }
+}
+
+/// Sends a signal to each process of a container, all of which SIGKILL hits however fast they fork.
+fn signal_all(cgroup: &Cgroup, signal: u32) -> std::result::Result<(), Error> {
+    let failed = |error| Error::io("cannot signal the container", error);
+    if signal == libc::SIGKILL as u32 {
+        return cgroup.kill().map_err(failed);
+    }
+    for pid in cgroup.processes().map_err(failed)? {
+        let (Ok(pid), Ok(signal)) = (i32::try_from(pid), i32::try_from(signal)) else { continue };
+        // SAFETY: pidfd_open(2) takes no pointer.
+        let Ok(fd) = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) }) else { continue };
+        // SAFETY: pidfd_open just made this descriptor, and nothing else owns it.
+        let pidfd = unsafe { <std::os::fd::OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(fd as i32) };
+        // The pid may have been recycled before it was opened: only one that is (still) the container's is signalled.
+        if !cgroup.processes().map_err(failed)?.contains(&pid.unsigned_abs()) {
+            continue;
+        }
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&pidfd);
+        // SAFETY: no siginfo is passed, the rest are numbers.
+        let sent = Errno::result(unsafe {
+            libc::syscall(libc::SYS_pidfd_send_signal, fd, signal, std::ptr::null::<libc::siginfo_t>(), 0)
+        });
+        match sent {
+            Err(Errno::EINVAL) => return Err(Error::Invalid(format!("there is no signal {signal}"))),
+            // One that has ended meanwhile needs none.
+            Ok(_) | Err(_) => {}
+        }
+    }
+    Ok(())
+}
+
+#[async_trait]
+impl Agent for Service {
+    async fn check(&self, _: &TtrpcContext, _: CheckRequest) -> Result<CheckResponse> {
+        let version = env!("CARGO_PKG_VERSION").to_owned();
+        Ok(CheckResponse { version, kernel_release: kernel_release(), ..Default::default() })
+    }
+
+    async fn create_sandbox(&self, _: &TtrpcContext, request: CreateSandboxRequest) -> Result<Empty> {
+        let done = tokio::task::spawn_blocking(move || sandbox::create(&request)).await;
+        done.map_err(|error| Error::Internal(error.to_string()))??;
+        Ok(Empty::new())
+    }
+
+    async fn destroy_sandbox(&self, _: &TtrpcContext, _: Empty) -> Result<Empty> {
+        let containers = Arc::clone(&self.containers);
+        tokio::spawn(async move {
+            containers.end_all(GRACE).await;
+            let ended = tokio::task::spawn_blocking(|| {
+                nix::unistd::sync();
+                // Not mounted, or busy still: nothing is written to it any more.
+                let _ = umount2(sandbox::SHARED, MntFlags::MNT_DETACH);
+                crate::end::end_vm(RESET_ORDERLY)
+            });
+            drop(ended.await);
+        });
+        Ok(Empty::new())
+    }
+
+    async fn create_container(&self, _: &TtrpcContext, request: CreateContainerRequest) -> Result<ProcessResponse> {
+        let pid = self.containers.create(request).await?;
+        Ok(ProcessResponse { pid, ..Default::default() })
+    }
+
+    async fn start_container(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {
+        self.containers.process(&request.container_id, "")?.start()?;
+        Ok(Empty::new())
+    }
+
+    async fn remove_container(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {
+        self.containers.remove(&request.container_id).await?;
+        Ok(Empty::new())
+    }
+
+    async fn create_exec(&self, _: &TtrpcContext, request: CreateExecRequest) -> Result<ProcessResponse> {
+        let pid = self.containers.create_exec(request).await?;
+        Ok(ProcessResponse { pid, ..Default::default() })
+    }
+
+    async fn start_exec(&self, _: &TtrpcContext, request: ProcessRequest) -> Result<Empty> {
+        self.containers.process(&request.container_id, &request.exec_id)?.start()?;
+        Ok(Empty::new())
+    }
+
+    async fn signal(&self, _: &TtrpcContext, request: SignalRequest) -> Result<Empty> {
+        if request.all {
+            signal_all(&self.containers.cgroup(&request.container_id)?, request.signal)?;
+        } else {
+            let process = self.containers.process(&request.container_id, &request.exec_id)?;
+            process.signal(&self.containers.reaper, request.signal)?;
+        }
+        Ok(Empty::new())
+    }
+
+    async fn wait(&self, _: &TtrpcContext, request: ProcessRequest) -> Result<WaitResponse> {
+        let exit = self.containers.process(&request.container_id, &request.exec_id)?.wait().await;
+        Ok(WaitResponse { exit: Some(exit).into(), ..Default::default() })
+    }
+
+    async fn resize_terminal(&self, _: &TtrpcContext, request: ResizeTerminalRequest) -> Result<Empty> {
+        let process = self.containers.process(&request.container_id, &request.exec_id)?;
+        process.resize(request.rows, request.columns)?;
+        Ok(Empty::new())
+    }
+
+    async fn close_stdin(&self, _: &TtrpcContext, request: ProcessRequest) -> Result<Empty> {
+        self.containers.process(&request.container_id, &request.exec_id)?.ends.close_stdin();
+        Ok(Empty::new())
+    }
+
+    async fn list_processes(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<ListProcessesResponse> {
+        let pids = self.containers.cgroup(&request.container_id)?.processes();
+        let pids = pids.map_err(|error| Error::io("cannot list the processes", error))?;
+        Ok(ListProcessesResponse { pids, ..Default::default() })
+    }
+
+    async fn stats(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<StatsResponse> {
+        Ok(stats::read(self.containers.cgroup(&request.container_id)?.path()))
+    }
+
+    async fn pause(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {
+        self.freeze(&request.container_id, true).await
+    }
+
+    async fn resume(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {
+        self.freeze(&request.container_id, false).await
+    }
+
+    async fn events(&self, _: &TtrpcContext, _: Empty, sender: ServerStreamSender<Event>) -> Result<()> {
+        let mut events = self.containers.events.subscribe();
+        while let Some(event) = events.recv().await {
+            sender.send(&event).await?;
+        }
+        Ok(())
+    }
+}
