@@ -1,0 +1,131 @@
+//! A microVM that was built: starting, pausing, stopping and watching it.
+
+use katavm_devices::memory::GuestMemory;
+use kvm_ioctls::VmFd;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::builder::MicrovmBuilder;
+use crate::config::MicrovmConfig;
+use crate::console::Console;
+use crate::control::Goal;
+use crate::ending::ExitReason;
+use crate::event_loop::EventLoop;
+use crate::timeline::Timeline;
+use crate::vcpu::{Environment, VcpuThread};
+
+/// Why a microVM cannot do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum MicrovmError {
+    /// It has ended.
+    #[error("the virtual machine has ended: {0}")]
+    Ended(ExitReason),
+}
+
+/// A virtual machine with its devices and threads. Dropping it stops it.
+pub struct Microvm {
+    // Threads before what they use: fields are dropped in this order.
+    pub(crate) vcpus: Vec<VcpuThread>,
+    pub(crate) loops: Vec<EventLoop>,
+    pub(crate) environment: Environment,
+    #[expect(dead_code, reason = "the VM lives as long as its descriptor")]
+    pub(crate) vm: VmFd,
+    #[expect(dead_code, reason = "KVM's memory slots point into it")]
+    pub(crate) memory: GuestMemory,
+}
+
+impl Microvm {
+    /// Begins to build a microVM.
+    #[must_use]
+    pub fn builder(config: MicrovmConfig) -> MicrovmBuilder {
+        MicrovmBuilder::new(config)
+    }
+
+    /// Lets the vCPUs run for the first time.
+    ///
+    /// # Errors
+    /// When the microVM has ended.
+    pub fn start(&self) -> Result<(), MicrovmError> {
+        self.resume()
+    }
+
+    /// Stops all vCPUs and device loops where they are; returns when all of them stand still.
+    ///
+    /// # Errors
+    /// When the microVM has ended.
+    pub fn pause(&self) -> Result<(), MicrovmError> {
+        self.alive()?;
+        self.set(Goal::Pause);
+        self.environment.control.wait_parked();
+        self.alive()
+    }
+
+    /// Lets all vCPUs and device loops go on.
+    ///
+    /// # Errors
+    /// When the microVM has ended.
+    pub fn resume(&self) -> Result<(), MicrovmError> {
+        self.alive()?;
+        self.set(Goal::Run);
+        Ok(())
+    }
+
+    /// Stops it for good, whatever the guest does.
+    pub fn stop(&self) {
+        self.environment.ending.end(ExitReason::Stopped);
+        self.set(Goal::Stop);
+    }
+
+    /// Waits until it has ended, and stops its threads.
+    #[must_use]
+    pub fn wait(&self) -> ExitReason {
+        let reason = self.environment.ending.wait();
+        self.set(Goal::Stop);
+        reason
+    }
+
+    /// Why it ended, if it has.
+    #[must_use]
+    pub fn exit_reason(&self) -> Option<ExitReason> {
+        self.environment.ending.reason()
+    }
+
+    /// An eventfd that is readable from the end on.
+    #[must_use]
+    pub fn exit_event(&self) -> &EventFd {
+        self.environment.ending.event()
+    }
+
+    /// What the guest writes to its serial console.
+    #[must_use]
+    pub fn console(&self) -> &Console {
+        &self.environment.console
+    }
+
+    /// When the steps of the boot happened.
+    #[must_use]
+    pub fn timeline(&self) -> &Timeline {
+        &self.environment.timeline
+    }
+
+    /// How often vCPUs left the guest so far, by KVM's own count.
+    #[must_use]
+    pub fn exits(&self) -> u64 {
+        self.vcpus.iter().map(VcpuThread::exits).sum()
+    }
+
+    fn alive(&self) -> Result<(), MicrovmError> {
+        self.exit_reason().map_or(Ok(()), |reason| Err(MicrovmError::Ended(reason)))
+    }
+
+    fn set(&self, goal: Goal) {
+        self.environment.control.set(goal);
+        self.vcpus.iter().for_each(VcpuThread::kick);
+        self.loops.iter().for_each(EventLoop::kick);
+    }
+}
+
+impl Drop for Microvm {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
