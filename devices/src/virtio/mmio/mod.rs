@@ -6,10 +6,10 @@ mod status;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use log::{debug, warn};
+use log::debug;
 use virtio_queue::{Queue, QueueT};
 
-pub use state::MmioState;
+pub use state::{MmioState, RestoreError};
 
 use super::queue::{QueueError, VirtQueue};
 use super::{Interrupt, VirtioDevice};
@@ -41,6 +41,8 @@ pub struct MmioTransport {
     config_generation: u32,
     /// The queues' registers until DRIVER_OK hands them to the device.
     queues: Vec<Queue>,
+    /// The driver wrote a value to a queue register that no queue can have: the device must not start with another.
+    queues_spoilt: bool,
 }
 
 impl MmioTransport {
@@ -63,6 +65,7 @@ impl MmioTransport {
             shm_select: 0,
             config_generation: 0,
             queues,
+            queues_spoilt: false,
         })
     }
 
@@ -83,7 +86,7 @@ impl MmioTransport {
         data.fill(0xff);
         if offset >= reg::CONFIG {
             self.read_config(offset - reg::CONFIG, data);
-        } else if data.len() == 4 && offset % 4 == 0 {
+        } else if data.len() == 4 && offset.is_multiple_of(4) {
             // Registers are read by aligned 32-bit accesses only (4.2.2.2).
             data.copy_from_slice(&self.register(offset).to_le_bytes());
         }
@@ -94,7 +97,7 @@ impl MmioTransport {
         if offset >= reg::CONFIG {
             self.write_config(offset - reg::CONFIG, data);
         } else if let Ok(bytes) = <[u8; 4]>::try_from(data)
-            && offset % 4 == 0
+            && offset.is_multiple_of(4)
         {
             self.set_register(offset, u32::from_le_bytes(bytes));
         }
@@ -164,10 +167,14 @@ impl MmioTransport {
             return debug!("queue register {offset:#x} written outside set-up is ignored");
         }
         let Some(queue) = self.queues.get_mut(self.queue_select as usize) else { return };
+        if !queue.ready() && !queue_register_fits(offset, value, queue.max_size()) {
+            self.queues_spoilt = true;
+            return debug!("{value:#x} is impossible for queue register {offset:#x}");
+        }
         match offset {
             reg::QUEUE_READY => queue.set_ready(value & 1 == 1),
             _ if queue.ready() => debug!("queue register {offset:#x} written while the queue is ready is ignored"),
-            reg::QUEUE_SIZE => queue.set_size(u16::try_from(value).unwrap_or(0)),
+            reg::QUEUE_SIZE => queue.set_size(value as u16),
             reg::QUEUE_DESC_LOW => queue.set_desc_table_address(Some(value), None),
             reg::QUEUE_DESC_HIGH => queue.set_desc_table_address(None, Some(value)),
             reg::QUEUE_DRIVER_LOW => queue.set_avail_ring_address(Some(value), None),
@@ -179,12 +186,7 @@ impl MmioTransport {
     }
 
     fn kick(&self, index: u32) {
-        let device = self.lock();
-        if let Some(kick) = device.queues().kicks().get(index as usize)
-            && let Err(error) = kick.write(1)
-        {
-            warn!("cannot kick queue {index}: {error}");
-        }
+        self.lock().queues().kick(index as usize);
     }
 
     fn status(&self) -> u32 {
@@ -196,31 +198,43 @@ impl MmioTransport {
         match status::step(self.status, value & !reg::DEVICE_NEEDS_RESET) {
             Step::Reset => self.reset(),
             Step::Forward(value) => self.forward(value),
-            Step::GiveUp(value) => self.status = value,
-            Step::Refused => warn!("device status {:#x} -> {value:#x} is no legal step: ignored", self.status),
+            Step::GiveUp => self.give_up(),
+            Step::Refused => debug!("device status {:#x} -> {value:#x} is no legal step: ignored", self.status),
         }
     }
 
     fn forward(&mut self, value: u32) {
         let added = value & !self.status;
-        if added & reg::FEATURES_OK != 0 && !self.features_fit() {
+        if added & reg::FEATURES_OK != 0 && !self.features_fit(self.driver_features) {
             // FEATURES_OK stays clear, which is how the driver learns of it (3.1.1, step 6).
-            return warn!("the driver accepted features {:#x} that do not fit the offer", self.driver_features);
+            return debug!("the driver accepted features {:#x} that do not fit the offer", self.driver_features);
         }
         self.status = value;
         if added & reg::DRIVER_OK != 0
             && let Err(error) = self.activate()
         {
-            warn!("the device cannot start: {error}");
+            self.lock().queues_mut().complain(&format_args!("the device cannot start: {error}"));
             self.interrupt.fail();
         }
     }
 
-    fn features_fit(&self) -> bool {
-        self.driver_features & !self.offered() == 0 && self.driver_features & reg::F_VERSION_1 != 0
+    /// The driver says that it will not go on (3.1.1, FAILED): the device stops, its status stays to be read.
+    fn give_up(&mut self) {
+        let mut device = self.lock();
+        device.queues_mut().deactivate();
+        device.reset();
+        drop(device);
+        self.status |= reg::FAILED;
+    }
+
+    fn features_fit(&self, accepted: u64) -> bool {
+        accepted & !self.offered() == 0 && accepted & reg::F_VERSION_1 != 0
     }
 
     fn activate(&mut self) -> Result<(), super::ActivateError> {
+        if self.queues_spoilt {
+            return Err(QueueError::Config.into());
+        }
         let event_idx = self.driver_features & reg::F_EVENT_IDX != 0;
         let mut queues = Vec::with_capacity(self.queues.len());
         for queue in &mut self.queues {
@@ -247,6 +261,7 @@ impl MmioTransport {
         drop(device);
         self.interrupt.clear();
         self.queues.iter_mut().for_each(QueueT::reset);
+        self.queues_spoilt = false;
         self.status = 0;
         self.driver_features = 0;
         self.features_select = 0;
@@ -313,28 +328,43 @@ impl MmioTransport {
     /// looks at its queues again when its event loop runs.
     ///
     /// # Errors
-    /// When the state does not fit this device or its memory.
-    pub fn restore(&mut self, state: &MmioState) -> Result<(), super::ActivateError> {
-        let fits = state.queues.len() == self.queues.len()
-            && state.queues.iter().zip(&self.queues).all(|(saved, queue)| saved.max_size == queue.max_size())
-            && state.driver_features & !self.offered() == 0;
-        if !fits {
-            return Err(QueueError::Config.into());
-        }
-        for (queue, saved) in self.queues.iter_mut().zip(&state.queues) {
-            *queue = super::queue::restore_registers(saved)?;
-        }
-        self.status = state.status & !reg::DEVICE_NEEDS_RESET;
+    /// When the state does not fit this device or its memory; nothing is taken over then, unless the device itself failed.
+    pub fn restore(&mut self, state: &MmioState) -> Result<(), RestoreError> {
+        let runs = self.check(state)?;
+        let running = state.queues.iter().filter(|_| runs);
+        let running = running.map(|queue| VirtQueue::restore(queue, self.memory.clone())).collect::<Result<_, _>>()?;
+        let registers = state.queues.iter().map(super::queue::restore_registers);
+        self.queues = registers.collect::<Result<_, _>>()?;
+        self.status = state.status;
         self.driver_features = state.driver_features;
         [self.features_select, self.driver_features_select, self.queue_select, self.shm_select] = state.selectors;
         self.config_generation = state.config_generation;
         self.interrupt.restore(state.interrupt_status, state.needs_reset);
-        if self.status & (reg::DRIVER_OK | reg::FAILED) == reg::DRIVER_OK && !state.needs_reset {
-            let queues = state.queues.iter().map(|queue| VirtQueue::restore(queue, self.memory.clone()));
-            self.hand_over(queues.collect::<Result<_, _>>()?)?;
+        if runs {
+            self.hand_over(running)?;
             self.lock().queues().kick_all();
         }
         Ok(())
+    }
+
+    /// Whether a saved state is one that this device could be in; if so, whether its driver uses it.
+    fn check(&self, state: &MmioState) -> Result<bool, RestoreError> {
+        if !status::is_legal(state.status) {
+            return Err(RestoreError::Status(state.status));
+        }
+        let negotiated = state.status & reg::FEATURES_OK != 0;
+        if negotiated && !self.features_fit(state.driver_features) {
+            return Err(RestoreError::Features(state.driver_features));
+        }
+        let event_idx = state.driver_features & reg::F_EVENT_IDX != 0;
+        let runs = state.status == status::RUNNING && !state.needs_reset;
+        let fits = |(saved, queue): (&super::queue::QueueState, &Queue)| {
+            saved.max_size == queue.max_size() && (!runs || saved.event_idx == event_idx)
+        };
+        if state.queues.len() != self.queues.len() || !state.queues.iter().zip(&self.queues).all(fits) {
+            return Err(RestoreError::Queues);
+        }
+        Ok(runs)
     }
 
     fn selected(&self) -> Option<&Queue> {
@@ -357,6 +387,17 @@ fn half(value: u64, select: u32) -> u32 {
         0 => value as u32,
         1 => (value >> 32) as u32,
         _ => 0,
+    }
+}
+
+/// Whether a queue can have `value` in the register at `offset`: sizes and alignments of virtio 1.3, 2.7.
+fn queue_register_fits(offset: u64, value: u32, max_size: u16) -> bool {
+    match offset {
+        reg::QUEUE_SIZE => value.is_power_of_two() && value <= u32::from(max_size),
+        reg::QUEUE_DESC_LOW => value.is_multiple_of(16),
+        reg::QUEUE_DRIVER_LOW => value.is_multiple_of(2),
+        reg::QUEUE_DEVICE_LOW => value.is_multiple_of(4),
+        _ => true,
     }
 }
 

@@ -21,8 +21,8 @@ pub struct Buffers<'m> {
 impl<'m> Buffers<'m> {
     pub(super) fn new(memory: &'m GuestMemory, pieces: &[(GuestAddress, u32)]) -> Self {
         // Ranges were checked when the chain was read, and regions never go away under a queue: nothing is dropped here.
-        let slices = pieces.iter().filter(|(_, len)| *len != 0);
-        let pieces = slices.filter_map(|(address, len)| memory.get_slice(*address, *len as usize).ok()).collect();
+        let slices = pieces.iter().flat_map(|(address, len)| memory.get_slices(*address, *len as usize));
+        let pieces = slices.flatten().collect();
         Self { pieces, consumed: 0 }
     }
 
@@ -107,8 +107,7 @@ impl<'m> Buffers<'m> {
                 left = 0;
             }
         }
-        let rest = Self { pieces: std::mem::replace(&mut self.pieces, first), consumed: 0 };
-        rest
+        Self { pieces: std::mem::replace(&mut self.pieces, first), consumed: 0 }
     }
 
     /// The pieces of the first `max` bytes as an iovec array for a system call on this memory, at most `IOV_MAX` of them.

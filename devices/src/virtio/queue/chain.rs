@@ -44,7 +44,7 @@ pub enum ChainError {
     /// An indirect table inside another, of a bad size, or with a `next`.
     #[error("bad indirect descriptor")]
     Indirect,
-    /// A buffer that is not wholly inside one region of guest memory.
+    /// A buffer that is not wholly inside guest memory. Regions without a gap between them count as one.
     #[error("a buffer of {len} bytes at {addr:#x} is outside guest memory")]
     Buffer {
         /// Guest-physical address.
@@ -66,12 +66,14 @@ pub struct Chain {
     head: u16,
     readable: Vec<(GuestAddress, u32)>,
     writable: Vec<(GuestAddress, u32)>,
+    /// Bytes in all buffers.
+    len: u64,
 }
 
 impl Chain {
     /// Reads and checks the chain that starts at `head` of the table at `table` with `size` entries.
     pub(super) fn read(memory: &GuestMemory, table: GuestAddress, size: u16, head: u16) -> Result<Self, ChainError> {
-        let mut chain = Self { head, readable: Vec::new(), writable: Vec::new() };
+        let mut chain = Self { head, readable: Vec::new(), writable: Vec::new(), len: 0 };
         chain.walk(memory, table, size, head, false)?;
         Ok(chain)
     }
@@ -113,7 +115,7 @@ impl Chain {
     ) -> Result<(), ChainError> {
         let len = u32::from_le(descriptor.len);
         let entry = size_of::<RawDescriptor>() as u32;
-        let bad = nested || descriptor.has(VRING_DESC_F_NEXT) || len == 0 || len % entry != 0;
+        let bad = nested || descriptor.has(VRING_DESC_F_NEXT) || len == 0 || !len.is_multiple_of(entry);
         let size = u16::try_from(len / entry).map_err(|_| ChainError::Indirect)?;
         if bad {
             return Err(ChainError::Indirect);
@@ -126,13 +128,14 @@ impl Chain {
             return Err(ChainError::TooLong);
         }
         let (addr, len) = (u64::from_le(descriptor.addr), u32::from_le(descriptor.len));
-        if self.len() + u64::from(len) > 1 << 32 {
+        self.len += u64::from(len);
+        if self.len > 1 << 32 {
             return Err(ChainError::Overflow);
         }
         let address = GuestAddress(addr);
         // An empty buffer has no bytes to be outside of memory.
-        if len != 0 {
-            memory.get_slice(address, len as usize).map_err(|_| ChainError::Buffer { addr, len })?;
+        if !memory.check_range(address, len as usize) {
+            return Err(ChainError::Buffer { addr, len });
         }
         if descriptor.has(VRING_DESC_F_WRITE) {
             self.writable.push((address, len));
@@ -142,10 +145,6 @@ impl Chain {
             return Err(ChainError::Order);
         }
         Ok(())
-    }
-
-    fn len(&self) -> u64 {
-        self.readable.iter().chain(&self.writable).map(|(_, len)| u64::from(*len)).sum()
     }
 
     /// The index of the first descriptor, by which the chain is given back.

@@ -10,6 +10,9 @@ use super::{Chain, QueueError, QueueState, VirtQueue};
 use crate::memory::GuestMemory;
 use crate::virtio::Interrupt;
 
+/// Mistakes of one driver that are warned of, see [`QueueSet::complain`].
+const WARNINGS: u32 = 16;
+
 struct Active {
     queues: Vec<VirtQueue>,
     interrupt: Interrupt,
@@ -21,6 +24,8 @@ pub struct QueueSet {
     sizes: Vec<u16>,
     kicks: Vec<EventFd>,
     active: Option<Active>,
+    /// How many more of the driver's mistakes are worth a warning: it must not fill the host's log.
+    warnings: u32,
 }
 
 impl QueueSet {
@@ -30,7 +35,7 @@ impl QueueSet {
     /// When no eventfd can be made.
     pub fn new(sizes: &[u16]) -> io::Result<Self> {
         let kicks = sizes.iter().map(|_| EventFd::new(EFD_NONBLOCK)).collect::<io::Result<_>>()?;
-        Ok(Self { sizes: sizes.to_vec(), kicks, active: None })
+        Ok(Self { sizes: sizes.to_vec(), kicks, active: None, warnings: WARNINGS })
     }
 
     /// The largest size of each queue.
@@ -167,8 +172,16 @@ impl QueueSet {
     /// Puts the device into `DEVICE_NEEDS_RESET`: it does nothing more until the driver resets it.
     pub fn fail(&mut self, why: &dyn std::fmt::Display) {
         if let Some(active) = self.active.take() {
-            warn!("a device needs a reset: {why}");
+            self.complain(&format_args!("a device needs a reset: {why}"));
             active.interrupt.fail();
+        }
+    }
+
+    /// Warns of something that the driver caused, a limited number of times.
+    pub fn complain(&mut self, what: &dyn std::fmt::Display) {
+        if let Some(left) = self.warnings.checked_sub(1) {
+            self.warnings = left;
+            warn!("{what}{}", if left == 0 { "; further mistakes of this driver are not logged" } else { "" });
         }
     }
 

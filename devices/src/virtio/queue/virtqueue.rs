@@ -1,7 +1,7 @@
 //! One split virtqueue, device side.
 
 use std::num::Wrapping;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory as _};
@@ -62,7 +62,7 @@ impl VirtQueue {
 
     fn is_valid(&self) -> bool {
         let size = usize::from(self.queue.size());
-        let fits = |address: u64, len: usize| self.memory.get_slice(GuestAddress(address), len).is_ok();
+        let fits = |address: u64, len: usize| self.memory.check_range(GuestAddress(address), len);
         // Sizes of the three areas: virtio 1.3, 2.7 (the event index fields included).
         size.is_power_of_two()
             && size <= usize::from(self.queue.max_size())
@@ -127,7 +127,12 @@ impl VirtQueue {
     /// # Errors
     /// [`QueueError::Ring`].
     pub fn needs_notification(&mut self) -> Result<bool, QueueError> {
+        if !self.queue.ready() {
+            return Ok(false);
+        }
         if !self.queue.event_idx_enabled() {
+            // What was given back must be visible before the flags are read, or each side may miss the other.
+            fence(Ordering::SeqCst);
             // VIRTQ_AVAIL_F_NO_INTERRUPT, the flags field of the driver area (virtio 1.3, 2.7.7).
             let flags: u16 = self
                 .memory
@@ -151,7 +156,11 @@ impl VirtQueue {
     /// # Errors
     /// [`QueueError::Ring`].
     pub fn disable_notification(&mut self) -> Result<(), QueueError> {
-        Ok(self.queue.disable_notification(&self.memory)?)
+        // The areas of a queue that is not ready were never checked.
+        if self.queue.ready() {
+            self.queue.disable_notification(&self.memory)?;
+        }
+        Ok(())
     }
 
     /// The memory that the queue's chains point into.
@@ -172,7 +181,11 @@ impl VirtQueue {
     /// [`QueueError::Config`] when the state does not fit the memory.
     pub fn restore(state: &QueueState, memory: GuestMemory) -> Result<Self, QueueError> {
         let queue = restore_registers(state)?;
-        if state.in_flight.len() > usize::from(state.size) || state.in_flight.iter().any(|head| *head >= state.size) {
+        let mut taken = state.in_flight.clone();
+        taken.sort_unstable();
+        taken.dedup();
+        let possible = taken.len() == state.in_flight.len() && taken.iter().all(|head| *head < state.size);
+        if !possible || !taken.is_empty() && !state.ready {
             return Err(QueueError::Config);
         }
         let mut this = Self::new(queue, memory)?;
