@@ -1,1 +1,3 @@
-//! placeholder
+//! The lab in which katavm is tried, and what the end-to-end tests and benchmarks share.
+
+pub mod lab;

@@ -1,0 +1,75 @@
+#!/bin/sh
+# Runs as root inside the new Debian tree, with the kernel's package in /katavm-lab, and leaves there:
+#   root.erofs  vmlinux  modules/NN-NAME.ko  lib/  qemu/{bin,lib,share}
+set -eu
+cd /katavm-lab
+mkdir -p kernel modules lib qemu/bin qemu/lib qemu/share
+
+# The kernel, as the plain ELF file that QEMU boots by its PVH entry: no decompression under emulation.
+dpkg -x linux-image-*.deb kernel
+python3 - kernel/boot/vmlinuz-* >vmlinux.zst <<'PY'
+import struct, sys
+image = open(sys.argv[1], "rb").read()
+setup_sectors = image[0x1F1] or 4
+offset, length = struct.unpack_from("<II", image, 0x248)  # payload_offset, payload_length (boot protocol 2.08)
+start = (setup_sectors + 1) * 512 + offset
+sys.stdout.buffer.write(image[start : start + length - 4])  # the last 4 bytes are the unpacked size
+PY
+zstd -dq --rm vmlinux.zst
+
+# Its modules, without those of hardware that the lab does not have, and unpacked: xz under emulation is slow.
+release=$(ls kernel/usr/lib/modules)
+modules=/usr/lib/modules/$release
+mkdir -p /usr/lib/modules
+mv "kernel$modules" /usr/lib/modules/
+for unused in sound drivers/gpu drivers/media drivers/net/wireless drivers/net/ethernet drivers/net/usb \
+    drivers/net/can drivers/infiniband drivers/iio drivers/hid drivers/usb drivers/scsi drivers/staging \
+    drivers/bluetooth drivers/hwmon drivers/mmc drivers/mtd drivers/platform drivers/input drivers/ata; do
+    rm -rf "$modules/kernel/$unused"
+done
+find "$modules/kernel" -name '*.ko.xz' -exec xz -d {} +
+depmod "$release"
+
+# What the initrd loads, in the order in which it must be loaded.
+number=10
+for module in virtio_blk erofs overlay 9pnet_virtio 9p kvm-amd tun loop; do
+    for file in $(modprobe -S "$release" --show-depends "$module" | sed -n 's/^insmod \([^ ]*\).*/\1/p'); do
+        name=$(basename "$file")
+        ls modules | grep -q -- "-$name\$" && continue
+        cp "$file" "modules/$number-$name"
+        number=$((number + 1))
+    done
+done
+
+# The libraries of a Rust program, for the initrd.
+for library in ld-linux-x86-64.so.2 libc.so.6 libm.so.6 libgcc_s.so.1; do
+    cp -L "/usr/lib/x86_64-linux-gnu/$library" lib/
+done
+
+# QEMU, so that the machine outside can run this one whatever its own version is.
+cp /usr/bin/qemu-system-x86_64 qemu/bin/
+ldd /usr/bin/qemu-system-x86_64 | sed -n 's/.* => \(\/[^ ]*\).*/\1/p' | while read -r library; do
+    cp -L "$library" qemu/lib/
+done
+cp -L /lib64/ld-linux-x86-64.so.2 qemu/lib/
+for firmware in bios-256k.bin bios-microvm.bin; do cp -L "/usr/share/seabios/$firmware" qemu/share/; done
+cp -L /usr/share/qemu/pvh.bin /usr/share/qemu/linuxboot_dma.bin /usr/share/qemu/kvmvapic.bin qemu/share/
+
+# The root file system: no service starts by itself, and the tests' own state starts empty.
+systemctl set-default multi-user.target
+for unit in apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer fstrim.timer \
+    e2scrub_reap.service containerd.service podman.service podman.socket podman-auto-update.timer \
+    podman-auto-update.service podman-restart.service podman-clean-transient.service netavark-firewalld-reload.service; do
+    systemctl disable -q "$unit" 2>/dev/null || true
+done
+systemctl mask -q getty@.service serial-getty@.service getty.target systemd-firstboot.service systemd-hwdb-update.service
+: >/etc/machine-id
+echo katavm-lab >/etc/hostname
+echo '127.0.0.1 localhost katavm-lab' >/etc/hosts
+rm -f /etc/resolv.conf
+# By way of tar: mkfs.erofs would stumble over the mounts of the build itself.
+tar -C / --one-file-system --xattrs --xattrs-include='*' --exclude=./katavm-lab --exclude=./proc --exclude=./sys --exclude=./dev \
+    --exclude='./run/*' --exclude='./tmp/*' --exclude='./var/tmp/*' --exclude='./var/cache/apt/*' \
+    --exclude='./var/lib/apt/lists/*' -cf root.tar .
+mkfs.erofs -T0 --quiet --tar=f root.erofs root.tar
+rm -rf root.tar kernel ./*.deb build.sh
