@@ -5,6 +5,7 @@
 //! Everything that comes from the guest is hostile (see `docs/security.md`).
 
 pub mod block;
+pub mod fs;
 pub mod legacy;
 pub mod memory;
 pub mod rng;

@@ -1,0 +1,150 @@
+//! Saving the server's state, and taking it up again on the same exports.
+
+use std::collections::HashMap;
+use std::ffi::CString;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, PoisonError};
+
+use log::warn;
+use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, openat2};
+use rustix::io::Errno;
+use rustix::path::DecInt;
+
+use super::exports::Export;
+use super::handles::Handle;
+use super::inode::{Found, Key, Node};
+use super::{Server, lookup};
+use crate::fs::state::{FileState, FsState, HandleState, NodeState};
+
+/// What came back. The guest gets ESTALE or EBADF for what did not.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RestoreReport {
+    /// Nodes that are the same files as before.
+    pub nodes: usize,
+    /// Nodes whose files are gone, or others now.
+    pub stale_nodes: usize,
+    /// Open files that are open again.
+    pub handles: usize,
+    /// Open files that could not be opened again.
+    pub stale_handles: usize,
+}
+
+impl Server {
+    /// The state as it is now. No request may be under way.
+    pub fn save(&self) -> FsState {
+        let exports = self.exports.after(0);
+        let roots: HashMap<u64, Vec<u8>> =
+            exports.iter().filter_map(|export| Some((export.id, self.path_of(&export.fd).ok()?))).collect();
+        let (nodes, last_node) = self.nodes.snapshot();
+        let nodes = nodes.into_iter().map(|(id, lookups, node)| {
+            let file = node.and_then(|node| self.locate(&node, roots.get(&node.key.export)?));
+            NodeState { id, lookups, file }
+        });
+        let (handles, last_handle) = self.handles.snapshot();
+        let handles = handles.iter().map(|(fh, handle)| HandleState {
+            fh: *fh,
+            node: handle.node.id,
+            flags: handle.flags & libc::O_ACCMODE.cast_unsigned(),
+        });
+        FsState {
+            session: self.session(),
+            nodes: nodes.collect(),
+            handles: handles.collect(),
+            exports: exports.iter().map(|export| (export.id, export.name.to_bytes().to_vec())).collect(),
+            last_export: self.exports.last_id(),
+            last_node,
+            last_handle,
+        }
+    }
+
+    /// Takes up `state`, on exports that were added under the same names before.
+    pub fn restore(&self, state: &FsState) -> RestoreReport {
+        self.reset();
+        self.exports.renumber(&state.exports, state.last_export);
+        let mut report = RestoreReport::default();
+        let exports: HashMap<u64, Arc<Export>> =
+            self.exports.after(0).into_iter().map(|export| (export.id, export)).collect();
+        // Device numbers may differ after a reboot or a new mount, but one stays one.
+        let mut devices = HashMap::new();
+        for saved in state.nodes.iter().filter(|saved| saved.id > super::wire::ROOT_ID && saved.lookups > 0) {
+            let found = saved.file.as_ref().and_then(|file| {
+                let found = self.find(exports.get(&file.export)?, file);
+                found.inspect_err(|error| warn!("node {} is not restored: {error}", saved.id)).ok()
+            });
+            let found = found.zip(saved.file.as_ref()).and_then(|(found, file)| {
+                let dev = Key::of(&found.export, &found.stat).dev;
+                (*devices.entry(file.dev).or_insert(dev) == dev).then_some(found)
+            });
+            *(if found.is_some() { &mut report.nodes } else { &mut report.stale_nodes }) += 1;
+            self.nodes.restore(saved.id, saved.lookups, found);
+        }
+        self.nodes.reserve_ids(state.last_node);
+        for saved in &state.handles {
+            match self.open_again(saved) {
+                Ok(handle) => {
+                    self.handles.restore(saved.fh, handle);
+                    report.handles += 1;
+                }
+                Err(error) => {
+                    warn!("open file {} is not restored: {error}", saved.fh);
+                    report.stale_handles += 1;
+                }
+            }
+        }
+        self.handles.reserve(state.last_handle);
+        *self.session.lock().unwrap_or_else(PoisonError::into_inner) = state.session;
+        report
+    }
+
+    /// The host path of a descriptor, as the kernel knows it.
+    fn path_of(&self, fd: impl AsFd) -> Result<Vec<u8>, Errno> {
+        rustix::fs::readlinkat(self.proc_fds()?, DecInt::from_fd(fd), Vec::new()).map(CString::into_bytes)
+    }
+
+    /// Where `node` is beneath its export, if it can be found there.
+    fn locate(&self, node: &Node, root: &[u8]) -> Option<FileState> {
+        let path = if node.is_export_root {
+            Vec::new()
+        } else {
+            let path = self.path_of(node).ok()?;
+            let rest = path.strip_prefix(root)?;
+            // The root of a mount or of everything ends with a slash already.
+            let rest = if root.ends_with(b"/") { rest } else { rest.strip_prefix(b"/")? };
+            rest.to_vec()
+        };
+        let key = node.key;
+        let file = FileState { export: key.export, path, dev: key.dev, ino: key.ino, is_submount: node.is_submount };
+        // The kernel marks deleted files in the path itself, so only trying tells what it means.
+        let found = self.find(&node.export, &file).ok()?;
+        (Key::of(&found.export, &found.stat) == key).then_some(file)
+    }
+
+    fn find(&self, export: &Arc<Export>, file: &FileState) -> Result<Found, Errno> {
+        let found = if file.path.is_empty() {
+            super::root::export_root(export)?
+        } else {
+            let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+            let path = CString::new(file.path.as_slice()).map_err(|_| Errno::INVAL)?;
+            let fd = self.budget.admit(openat2(&export.fd, &path, flags, Mode::empty(), resolve)?)?;
+            let stat = lookup::stat(&fd)?;
+            let (fd, export, is_submount) = (Arc::new(fd), Arc::clone(export), file.is_submount);
+            Found { fd, stat, export, is_export_root: false, is_submount }
+        };
+        if found.stat.stx_ino == file.ino { Ok(found) } else { Err(Errno::STALE) }
+    }
+
+    fn open_again(&self, saved: &HandleState) -> Result<Handle, Errno> {
+        let node = self.nodes.get(saved.node)?;
+        let flags = OFlags::from_bits_retain(saved.flags) & OFlags::ACCMODE;
+        if flags != OFlags::RDONLY {
+            node.writable()?;
+        }
+        let file: OwnedFd = if node.kind == FileType::Directory {
+            self.open_directory(&node)?
+        } else {
+            self.open_regular(&node, flags)?
+        };
+        Ok(Handle::new(node, file, flags.bits()))
+    }
+}
