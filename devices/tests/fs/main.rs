@@ -1,5 +1,12 @@
 //! virtio-fs, driven through its queues over real guest memory, against real files.
 #![allow(missing_docs, clippy::unwrap_used, clippy::missing_panics_doc)]
 
+mod dirs;
 mod driver;
+mod exports;
 mod files;
+mod garbage;
+mod names;
+mod owners;
+mod persist;
+mod xattrs;

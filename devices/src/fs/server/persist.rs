@@ -16,6 +16,9 @@ use super::inode::{Found, Key, Node};
 use super::{Server, lookup};
 use crate::fs::state::{FileState, FsState, HandleState, NodeState};
 
+/// Ids of a snapshot beyond this are refused: no guest gets that far, and counting on from them must not wrap.
+const ID_MAX: u64 = 1 << 62;
+
 /// What came back. The guest gets ESTALE or EBADF for what did not.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RestoreReport {
@@ -60,13 +63,15 @@ impl Server {
     /// Takes up `state`, on exports that were added under the same names before.
     pub fn restore(&self, state: &FsState) -> RestoreReport {
         self.reset();
-        self.exports.renumber(&state.exports, state.last_export);
+        let named: Vec<_> = state.exports.iter().filter(|(id, _)| (1..ID_MAX).contains(id)).cloned().collect();
+        self.exports.renumber(&named, state.last_export.min(ID_MAX));
         let mut report = RestoreReport::default();
         let exports: HashMap<u64, Arc<Export>> =
             self.exports.after(0).into_iter().map(|export| (export.id, export)).collect();
         // Device numbers may differ after a reboot or a new mount, but one stays one.
         let mut devices = HashMap::new();
-        for saved in state.nodes.iter().filter(|saved| saved.id > super::wire::ROOT_ID && saved.lookups > 0) {
+        let sound = |saved: &&NodeState| (super::wire::ROOT_ID + 1..ID_MAX).contains(&saved.id) && saved.lookups > 0;
+        for saved in state.nodes.iter().filter(sound) {
             let found = saved.file.as_ref().and_then(|file| {
                 let found = self.find(exports.get(&file.export)?, file);
                 found.inspect_err(|error| warn!("node {} is not restored: {error}", saved.id)).ok()
@@ -78,7 +83,7 @@ impl Server {
             *(if found.is_some() { &mut report.nodes } else { &mut report.stale_nodes }) += 1;
             self.nodes.restore(saved.id, saved.lookups, found);
         }
-        self.nodes.reserve_ids(state.last_node);
+        self.nodes.reserve_ids(state.last_node.min(ID_MAX));
         for saved in &state.handles {
             match self.open_again(saved) {
                 Ok(handle) => {
@@ -91,7 +96,7 @@ impl Server {
                 }
             }
         }
-        self.handles.reserve(state.last_handle);
+        self.handles.reserve(state.last_handle.min(ID_MAX));
         *self.session.lock().unwrap_or_else(PoisonError::into_inner) = state.session;
         report
     }
@@ -135,6 +140,9 @@ impl Server {
     }
 
     fn open_again(&self, saved: &HandleState) -> Result<Handle, Errno> {
+        if !(1..ID_MAX).contains(&saved.fh) {
+            return Err(Errno::INVAL);
+        }
         let node = self.nodes.get(saved.node)?;
         let flags = OFlags::from_bits_retain(saved.flags) & OFlags::ACCMODE;
         if flags != OFlags::RDONLY {
