@@ -1,0 +1,84 @@
+//! What one guest may make the host do: bounded memory, bounded turns.
+
+use std::time::{Duration, Instant};
+
+use crate::Outcome::{self, Alive, Either};
+use crate::common::*;
+use crate::heap;
+use crate::subject::Subject;
+
+/// More than any device needs for a request; far less than the guest asks for.
+const HEAP: usize = 4 << 20;
+
+/// A chain of 255 buffers of 16 MiB, all of them the same valid memory: nearly 4 GiB.
+fn huge(subject: &dyn Subject, machine: &mut Machine, buffers: impl Fn(u64, u32) -> Desc) {
+    let (mut request, _) = subject.request();
+    request.resize(request.len().max(16), 0);
+    let at = HIGH_START;
+    machine.put(at, &request);
+    let mut all = vec![readable(at, request.len() as u32)];
+    all.extend(vec![buffers(READABLE, (LOW_END - READABLE) as u32 & !511); 255]);
+    all.push(writable(HIGH_START + 4096, 1));
+    let (table, queue) = (HIGH_START + (1 << 20), subject.queue());
+    machine.describe_all(table, &linked(&all));
+    let start = Instant::now();
+    let peak = heap::peak_during(|| {
+        let len = 16 * all.len() as u32;
+        machine.submit(queue, &[Desc { addr: table, len, flags: INDIRECT, next: 0 }]);
+    });
+    assert!(peak < HEAP, "one request made the host allocate {peak} bytes");
+    assert!(start.elapsed() < Duration::from_secs(10), "one request kept the event loop for {:?}", start.elapsed());
+}
+
+pub fn huge_writable_request(subject: &dyn Subject, machine: &mut Machine) -> Outcome {
+    huge(subject, machine, writable);
+    Either
+}
+
+pub fn huge_readable_request(subject: &dyn Subject, machine: &mut Machine) -> Outcome {
+    huge(subject, machine, readable);
+    Either
+}
+
+pub fn queue_full_of_requests(subject: &dyn Subject, machine: &mut Machine) -> Outcome {
+    let queue = subject.queue();
+    let size = machine.rings[queue].size;
+    let (request, room) = subject.request();
+    machine.put(READABLE, &request);
+    let desc = machine.rings[queue].desc;
+    let pair = [readable(READABLE, request.len() as u32), writable(WRITABLE, room)];
+    for head in (0..size).step_by(2) {
+        machine.describe(desc, head, Desc { flags: NEXT, next: head + 1, ..pair[0] });
+        machine.describe(desc, head + 1, pair[1]);
+        machine.offer(queue, head);
+    }
+    // One kick is enough for all of them.
+    machine.kick(queue);
+    machine.run();
+    let used = machine.used(queue);
+    let heads: Vec<u32> = (0..u32::from(size)).step_by(2).collect();
+    let mut given: Vec<u32> = used.iter().map(|(head, _)| *head).collect();
+    given.sort_unstable();
+    assert_eq!(given, heads, "each request is answered once");
+    Alive
+}
+
+pub fn requests_forever(subject: &dyn Subject, machine: &mut Machine) -> Outcome {
+    // A driver that refills the ring as fast as it is emptied: each turn ends by itself.
+    let queue = subject.queue();
+    machine.describe(machine.rings[queue].desc, 0, writable(WRITABLE, 64));
+    machine.kick(queue);
+    let mut served = 0;
+    for _ in 0..200 {
+        let size = machine.rings[queue].size;
+        let pending = machine.rings[queue].next.wrapping_sub(machine.rings[queue].seen);
+        (pending..size).for_each(|_| machine.offer(queue, 0));
+        machine.kick(queue);
+        machine.turn();
+        let turn = machine.used(queue).len();
+        assert!(turn <= 64, "{turn} requests in one turn");
+        served += turn;
+    }
+    assert!(served > 200);
+    Either
+}
