@@ -6,6 +6,7 @@ mod driver;
 mod exports;
 mod files;
 mod garbage;
+mod kernel;
 mod names;
 mod owners;
 mod persist;
