@@ -157,7 +157,7 @@ impl Guest {
             set(0x44, 1);
         }
         set(0x70, 15);
-        let this = Self { share, uid: 0, gid: 0, unique: 0, transport, memory, events, available: [0; 2] };
+        let mut this = Self { share, uid: 0, gid: 0, unique: 0, transport, memory, events, available: [0; 2] };
         assert_eq!(this.status(), 15, "the device is running");
         this
     }
@@ -175,12 +175,10 @@ impl Guest {
         (queue as u64 + 1) << 20
     }
 
-    pub fn status(&self) -> u32 {
+    /// The device status register.
+    pub fn status(&mut self) -> u32 {
         let mut bytes = [0; 4];
-        let mut transport = self.transport.interrupt().clone();
-        let _ = &mut transport;
-        // DEVICE_NEEDS_RESET is all that may come by itself.
-        bytes[0] = if self.transport.interrupt().needs_reset() { 64 } else { 15 };
+        self.transport.read(0x70, &mut bytes);
         u32::from_le_bytes(bytes)
     }
 
