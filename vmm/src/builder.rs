@@ -3,6 +3,8 @@
 use std::io;
 use std::sync::{Arc, Mutex};
 
+use katavm_devices::block::Block;
+use katavm_devices::fs::Fs;
 use katavm_devices::legacy::Serial;
 use katavm_devices::memory::GuestMemory;
 use katavm_devices::rng::Rng;
@@ -70,6 +72,18 @@ pub struct MicrovmBuilder {
 impl MicrovmBuilder {
     pub(crate) fn new(config: MicrovmConfig) -> Self {
         Self { config, slots: Vec::new() }
+    }
+
+    /// Adds a shared file system.
+    #[must_use]
+    pub fn fs(self, fs: Fs) -> Self {
+        self.slot(Arc::new(Mutex::new(fs)), true, "fs")
+    }
+
+    /// Adds a disk.
+    #[must_use]
+    pub fn block(self, block: Block) -> Self {
+        self.slot(Arc::new(Mutex::new(block)), true, "block")
     }
 
     /// Adds the entropy source.

@@ -92,7 +92,7 @@ impl State {
         let says = |words: &[u8]| self.line.windows(words.len()).any(|part| part == words);
         if says(b"Kernel panic - not syncing") {
             self.panicked = true;
-        } else if says(b"reboot: System halted") || says(b"reboot: Power down") {
+        } else if says(b"reboot: ") && (says(b"System halted") || says(b"Power down")) {
             ending.end(ExitReason::Halted);
         }
     }
@@ -122,7 +122,7 @@ mod tests {
         console.write_all(b"[0.1] Kernel panic - not syncing: no init\r\n").unwrap();
         assert!(console.panicked());
         assert_eq!(console.ending.reason(), None);
-        console.write_all(b"[0.2] reboot: System halted\r\n").unwrap();
+        console.write_all(b"[0.2] reboot: Power off not available: System halted instead\r\n").unwrap();
         assert_eq!(console.ending.reason(), Some(ExitReason::Halted));
     }
 }

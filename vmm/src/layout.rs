@@ -23,6 +23,7 @@ pub const LOW_MEMORY_END: u64 = 0x9_fc00;
 /// The MP floating pointer structure, where kernels look for it: the start of the extended BIOS data area.
 pub const MP_TABLE: u64 = LOW_MEMORY_END;
 /// One past the last byte the MP table may use.
+#[cfg(test)]
 pub const MP_TABLE_END: u64 = 0xa_0000;
 /// Memory that kernels are loaded to begins here.
 pub const HIGH_MEMORY: u64 = 0x10_0000;

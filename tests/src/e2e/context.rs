@@ -1,0 +1,72 @@
+//! What a case has: a scratch folder, the guest image, and places to keep what explains a failure.
+
+use std::cell::RefCell;
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+use katavm_guest_image::support::cache;
+use tempfile::TempDir;
+
+/// The surroundings of one case. Everything in the scratch folder goes when the case ends.
+pub struct Context {
+    name: String,
+    scratch: TempDir,
+    notes: RefCell<Vec<(String, Vec<u8>)>>,
+}
+
+impl Context {
+    /// Surroundings for the case `name`.
+    ///
+    /// # Errors
+    /// When no scratch folder can be made.
+    pub fn new(name: &str) -> Result<Self> {
+        let scratch = TempDir::with_prefix("katavm-e2e-").context("cannot make a scratch folder")?;
+        Ok(Self { name: name.replace("::", "-"), scratch, notes: RefCell::default() })
+    }
+
+    /// The scratch folder.
+    #[must_use]
+    pub fn scratch(&self) -> &Path {
+        self.scratch.path()
+    }
+
+    /// A file of the guest image: `vmlinux`, `bzImage`, `initramfs`, `kernel-release`.
+    ///
+    /// # Errors
+    /// When the image has not been built.
+    pub fn image(&self, file: &str) -> Result<PathBuf> {
+        let path = cache::root()?.join("guest-image/current").join(file);
+        anyhow::ensure!(path.exists(), "{} is missing: run ./just guest-image", path.display());
+        Ok(path)
+    }
+
+    /// The release of the guest image's kernel.
+    ///
+    /// # Errors
+    /// When the image has not been built.
+    pub fn kernel_release(&self) -> Result<String> {
+        Ok(fs::read_to_string(self.image("kernel-release")?)?.trim().to_string())
+    }
+
+    /// Remembers something that explains a failure of this case.
+    pub fn note(&self, name: &str, bytes: impl Into<Vec<u8>>) {
+        self.notes.borrow_mut().push((name.to_string(), bytes.into()));
+    }
+
+    /// Writes all notes and the error to the output folder; returns where.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn keep(&self, error: &str) -> Result<PathBuf> {
+        let out = env::var_os("KATAVM_OUT").map_or_else(|| PathBuf::from("out"), PathBuf::from);
+        let folder = out.join("e2e").join(&self.name);
+        fs::create_dir_all(&folder)?;
+        fs::write(folder.join("error"), error)?;
+        for (name, bytes) in self.notes.borrow().iter() {
+            fs::write(folder.join(name), bytes)?;
+        }
+        Ok(folder)
+    }
+}
