@@ -1,3 +1,4 @@
 //! The lab in which katavm is tried, and what the end-to-end tests and benchmarks share.
 
+pub mod e2e;
 pub mod lab;

@@ -152,7 +152,8 @@ fn kernel_command_line(machine: &Machine) -> String {
     let mut line = String::from(
         // A kernel in trouble ends at once (QEMU exits, see -no-reboot) and says why on the console.
         "console=ttyS0 quiet panic=-1 oops=panic \
-         mitigations=off apparmor=0 audit=0 cgroup_no_v1=all tsc=reliable no_timer_check 8250.nr_uarts=1",
+         mitigations=off lsm=landlock,yama,bpf audit=0 cgroup_no_v1=all \
+         tsc=reliable no_timer_check lpj=10000000 clk_ignore_unused pd_ignore_unused 8250.nr_uarts=1",
     );
     if machine.counting {
         // An idle machine with a counting clock would print soft lockups of the warp between two timers.

@@ -92,6 +92,8 @@ pub fn run(
     }
     phase("command started", begin);
 
+    // When a socket is closed QEMU throws away what it has not read from it yet: this one stays open to the end.
+    let _open = stdin.try_clone()?;
     spawn("stdin", move || feed(streams.stdin, stdin))?;
     for (name, port, target) in [("stdout", stdout, streams.stdout), ("stderr", stderr, streams.stderr)] {
         let sender = sender.clone();

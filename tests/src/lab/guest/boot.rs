@@ -117,6 +117,7 @@ fn set_up_by_hand() -> Result<()> {
     mount_on(Path::new("/dev/mqueue"), "mqueue", "mqueue", PLAIN, "")?;
     mount_on(Path::new("/sys/kernel/debug"), "debugfs", "debugfs", PLAIN, "")?;
     mount_on(Path::new("/sys/kernel/tracing"), "tracefs", "tracefs", PLAIN, "")?;
+    mount_on(Path::new("/sys/kernel/security"), "securityfs", "securityfs", PLAIN, "")?;
     mount_on(Path::new("/sys/fs/bpf"), "bpf", "bpf", PLAIN, "mode=0700")?;
     let cgroups = Path::new("/sys/fs/cgroup");
     mount_on(cgroups, "cgroup2", "cgroup2", PLAIN, "nsdelegate,memory_recursiveprot")?;

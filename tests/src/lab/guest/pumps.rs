@@ -17,16 +17,24 @@ const PAUSE_MS: u16 = 1000;
 /// Passes stdin on until its end; then `end` is told, who closes the command's side.
 pub fn feed(mut port: File, mut target: File, end: impl FnOnce(File) + Send + 'static) -> io::Result<()> {
     thread::Builder::new().name("stdin".into()).spawn(move || {
-        let mut buffer = Vec::new();
-        while let Ok(true) = read_frame(&mut port, &mut buffer) {
-            if target.write_all(&buffer).is_err() {
-                // The command reads no more: the outside must not block.
-                while let Ok(true) = read_frame(&mut port, &mut buffer) {}
-                break;
-            }
+        if let Err(error) = pass_on(&mut port, &mut target) {
+            // On the machine's console.
+            println!("katavm-lab: stdin broke off: {error}");
         }
         end(target);
     })?;
+    Ok(())
+}
+
+fn pass_on(port: &mut File, target: &mut File) -> io::Result<()> {
+    let mut buffer = Vec::new();
+    while read_frame(port, &mut buffer)? {
+        if target.write_all(&buffer).is_err() {
+            // The command reads no more: the outside must not block.
+            while read_frame(port, &mut buffer)? {}
+            break;
+        }
+    }
     Ok(())
 }
 
