@@ -10,3 +10,4 @@ pub mod legacy;
 pub mod memory;
 pub mod rng;
 pub mod virtio;
+pub mod vsock;
