@@ -45,7 +45,7 @@ pub async fn launch(
     match Report::read(directory) {
         Ok(Report::Made { pid }) if end.status == 0 => Ok(pid),
         Ok(Report::Failed { error }) => Err(error),
-        Ok(Report::Made { .. }) | Err(_) => {
+        Ok(Report::Made { .. } | Report::Logged(_)) | Err(_) => {
             let error = io::Error::other(format!("status {}", end.status));
             Err(Error::io("the agent's helper ended without a report", error))
         }

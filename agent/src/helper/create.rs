@@ -51,7 +51,7 @@ fn prepare_cwd(directory: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// libcontainer's error with its causes, and the first thing that it logged as one.
+/// libcontainer's error with its causes.
 fn explain(error: &LibcontainerError) -> Error {
     let mut text = error.to_string();
     let mut cause = error.source();
@@ -61,9 +61,6 @@ fn explain(error: &LibcontainerError) -> Error {
             text = format!("{text}: {inner_text}");
         }
         cause = inner.source();
-    }
-    if let Some(first) = trace::first().filter(|first| !text.contains(first.as_str())) {
-        text = format!("{text} ({first})");
     }
     match error {
         LibcontainerError::InvalidSpec(_) => Error::Invalid(text),

@@ -4,7 +4,7 @@
 //! this is not by it; its parts for capabilities and seccomp serve here too.
 
 use std::fs;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -50,7 +50,8 @@ pub fn run(directory: &Path, task: ExecTask) -> Result<i32, Error> {
     match unsafe { fork() }.map_err(|error| Error::io("cannot fork", error.into()))? {
         ForkResult::Child => {
             drop(read);
-            let error = become_it(&spec, &task, &*syscall, console, &notify, write);
+            let error = become_it(&spec, &task, &*syscall, console, &notify, &write);
+            // Before the pipe ends: its reader looks for the report then.
             report::write(&Report::Failed { error });
             // SAFETY: _exit runs nothing of this process any more, as is right in a forked child.
             unsafe { libc::_exit(127) }
@@ -116,7 +117,7 @@ fn become_it(
     syscall: &dyn Syscall,
     console: Option<UnixStream>,
     notify: &UnixListener,
-    ready: OwnedFd,
+    ready: &OwnedFd,
 ) -> Error {
     let process = &task.process;
     let prepared = || -> Result<(), Error> {
@@ -173,8 +174,8 @@ fn become_it(
         return error;
     }
     let home = program::home(process.user().uid());
-    if let Err(error) = fs::File::from(ready).write_all(&[1]) {
-        return Error::io("cannot say that the process is ready", error);
+    if let Err(errno) = nix::unistd::write(ready, &[1]) {
+        return Error::io("cannot say that the process is ready", errno.into());
     }
     let started = notify.accept().and_then(|(mut start, _)| start.read_to_end(&mut Vec::new()));
     if let Err(error) = started {

@@ -1,4 +1,4 @@
-//! What came of a helper: lines of JSON, the first of which counts.
+//! What came of a helper: lines of JSON, the first of which counts; lines of a log give it a cause where it has none.
 //!
 //! The file is open from the start, because the processes that the helper makes can no longer reach it by name, and it
 //! is the one that knows the true cause which speaks first.
@@ -25,6 +25,8 @@ pub enum Report {
         /// Why.
         error: Error,
     },
+    /// libcontainer said so on the way; no outcome.
+    Logged(String),
 }
 
 static FILE: OnceLock<File> = OnceLock::new();
@@ -53,13 +55,28 @@ pub fn write(report: &Report) {
 }
 
 impl Report {
-    /// The report of an ended helper.
+    /// The report of an ended helper: its outcome.
     ///
     /// # Errors
-    /// Those of the file; `InvalidData` when it holds no line of a report.
+    /// Those of the file; `InvalidData` when it holds no outcome.
     pub fn read(directory: &Path) -> io::Result<Self> {
         let text = std::fs::read_to_string(directory.join("report"))?;
-        serde_json::from_str(text.lines().next().unwrap_or_default()).map_err(io::Error::from)
+        let lines: Vec<Self> = text.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+        let mut logged = None;
+        let mut outcome = None;
+        for line in lines {
+            match line {
+                Self::Logged(text) => logged = logged.or(Some(text)),
+                other => outcome = outcome.or(Some(other)),
+            }
+        }
+        match (outcome, logged) {
+            (Some(Self::Failed { error: Error::Internal(error) }), Some(cause)) => {
+                Ok(Self::Failed { error: Error::Internal(format!("{error}: {cause}")) })
+            }
+            (Some(outcome), _) => Ok(outcome),
+            (None, _) => Err(io::Error::new(io::ErrorKind::InvalidData, "no outcome")),
+        }
     }
 }
 
@@ -71,6 +88,7 @@ mod tests {
     fn the_first_line_counts() {
         let directory = tempfile::tempdir().unwrap();
         open(directory.path()).unwrap();
+        write(&Report::Logged("on the way".into()));
         write(&Report::Failed { error: Error::NotFound("exec: \"foo\"".into()) });
         write(&Report::Failed { error: Error::Internal("something vague".into()) });
         let Report::Failed { error } = Report::read(directory.path()).unwrap() else { panic!() };

@@ -1,25 +1,17 @@
 //! libcontainer names the cause of a failure in its error events, and in the error that it returns often only the kind.
-//!
-//! This subscriber keeps the first event of level "error" of each process; libcontainer's innermost cause comes first.
 
 use std::fmt::{Debug, Write};
-use std::sync::{Mutex, OnceLock};
 
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Level, Metadata, Subscriber};
 
-static FIRST: Mutex<Option<String>> = Mutex::new(None);
-static INSTALLED: OnceLock<()> = OnceLock::new();
+use super::report::{self, Report};
 
-/// Starts to listen.
+/// Has the error events of this process, and of those that it clones, written to the report.
 pub fn install() {
-    INSTALLED.get_or_init(|| drop(tracing::subscriber::set_global_default(Errors)));
-}
-
-/// The first error event of this process.
-pub fn first() -> Option<String> {
-    crate::lock(&FIRST).clone()
+    // A helper does one task, so there is no earlier subscriber.
+    let _ = tracing::subscriber::set_global_default(Errors);
 }
 
 struct Errors;
@@ -33,14 +25,10 @@ impl Subscriber for Errors {
         let mut text = Text::default();
         event.record(&mut text);
         let text = format!("{}{}", text.message, text.fields);
-        // A process that libcontainer cloned cannot hand its memory back, so it says it here and now.
         if text.contains("failed to chdir") {
             super::cwd::report_failure(&text);
         }
-        let mut first = crate::lock(&FIRST);
-        if first.is_none() {
-            *first = Some(text);
-        }
+        report::write(&Report::Logged(text));
     }
 
     fn new_span(&self, _: &Attributes<'_>) -> Id {

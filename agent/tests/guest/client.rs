@@ -42,6 +42,8 @@ pub fn become_the_agent() -> ! {
 fn drive(ready: &UnixListener) -> ! {
     let (mut agent, _) = ready.accept().expect("the agent dials");
     let ready: Ready = frame::read(&mut agent).expect("a Ready frame");
+    // The agent has mounted a root over this one.
+    nix::unistd::chroot("/..").and_then(|()| nix::unistd::chdir("/")).expect("the agent's root");
     println!("# agent {} on {}: ", ready.version, ready.kernel_release);
     println!(
         "# main at {} us, ready {} us later",
@@ -214,6 +216,8 @@ impl Streams {
 /// Connects one stream, or says why the agent refuses.
 pub fn connect(id: &str, exec: &str, kind: StreamKind) -> Result<UnixStream, String> {
     let mut stream = UnixStream::connect(socket(ports::STREAM)).expect("the stream port");
+    // A stream that hangs fails its case.
+    stream.set_read_timeout(Some(Duration::from_secs(60))).expect("a timeout");
     let hello = StreamHello { container_id: id.into(), exec_id: exec.into(), kind: kind.into(), ..Default::default() };
     frame::write(&mut stream, &hello).expect("a hello");
     let reply: StreamReply = frame::read(&mut stream).expect("a reply");
