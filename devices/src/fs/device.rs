@@ -15,6 +15,8 @@ const CONFIG_LEN: usize = TAG_LEN + 4;
 const REQUEST_QUEUES: u8 = 1;
 /// 256 pages and the heads of one request fit without an indirect table; Linux caps requests at what fits.
 const QUEUE_SIZE: u16 = 1024;
+/// Requests that one turn of the event loop serves, so that other devices, and a VMM that wants to stop, get theirs.
+const REQUESTS_PER_TURN: usize = 64;
 
 /// A virtio-fs device.
 ///
@@ -59,20 +61,20 @@ impl Fs {
         self.share.save()
     }
 
-    /// Serves what is available on queue `index`, until there is nothing more.
+    /// Serves what is available on queue `index`; where that is more than a turn's work, the rest comes in the next.
     fn serve(&mut self, index: usize) {
         let Some(memory) = self.queues.memory() else { return };
-        loop {
-            self.queues.disable_kicks(index);
-            while let Some(chain) = self.queues.pop(index) {
+        self.queues.disable_kicks(index);
+        for _ in 0..REQUESTS_PER_TURN {
+            if let Some(chain) = self.queues.pop(index) {
                 let used = self.share.handle(chain.reader(&memory), chain.writer(&memory));
                 self.queues.add_used(index, chain.head(), used);
                 self.queues.notify(index);
-            }
-            if !self.queues.enable_kicks(index) {
+            } else if !self.queues.enable_kicks(index) {
                 return;
             }
         }
+        self.queues.kick(index);
     }
 }
 
