@@ -3,10 +3,12 @@
 use std::sync::{Arc, Mutex};
 
 use katavm_devices::block::{Block, BlockConfig};
+use katavm_devices::fs::{ExportOptions, Fs, FsShare};
 use katavm_devices::rng::Rng;
 use katavm_devices::virtio::VirtioDevice;
+use katavm_devices::vsock::Vsock;
 
-use crate::common::Machine;
+use crate::common::{Machine, writable};
 
 /// One kind of device.
 pub trait Subject {
@@ -108,5 +110,129 @@ impl Subject for BlockSubject {
         assert_eq!(len, Some(SECTOR as u32 + 1));
         assert!(data[..SECTOR].iter().all(|byte| *byte == expected) && data[SECTOR] == 0);
         assert!(machine.interrupted(), "an answer interrupts");
+    }
+}
+
+struct FsSubject;
+
+pub fn fs() -> impl Subject {
+    FsSubject
+}
+
+/// A FUSE request: `fuse_in_header` and body.
+fn fuse(opcode: u32, unique: u64, node: u64, body: &[u8]) -> Vec<u8> {
+    let len = 40 + body.len() as u32;
+    let head = [&len.to_le_bytes()[..], &opcode.to_le_bytes(), &unique.to_le_bytes(), &node.to_le_bytes()].concat();
+    [&head, &[0; 16][..], body].concat()
+}
+
+/// The error in a reply to the request `unique`.
+fn fuse_error(reply: &[u8], unique: u64) -> i32 {
+    assert_eq!(reply[8..16], unique.to_le_bytes());
+    i32::from_le_bytes(reply[4..8].try_into().unwrap())
+}
+
+impl Subject for FsSubject {
+    fn device(&self) -> Arc<Mutex<dyn VirtioDevice>> {
+        let share = FsShare::new();
+        let directory = std::fs::File::open("/usr").unwrap();
+        let options = ExportOptions { read_only: true, ..ExportOptions::default() };
+        share.add_export("x", directory.into(), options).unwrap();
+        Arc::new(Mutex::new(Fs::new("hostile", share).unwrap()))
+    }
+
+    fn queue(&self) -> usize {
+        1
+    }
+
+    fn request(&self) -> (Vec<u8>, u32) {
+        // GETATTR of the root.
+        (fuse(3, 77, 1, &[0; 16]), 16 + 104)
+    }
+
+    fn check(&self, len: u32, answer: &[u8]) {
+        // EIO as long as there is no session.
+        match fuse_error(answer, 77) {
+            0 => assert_eq!(len, 120),
+            error => assert_eq!((error, len), (-libc::EIO, 16)),
+        }
+    }
+
+    fn good(&self, machine: &mut Machine) {
+        let init = [7u32, 41, 1 << 20, 0].map(u32::to_le_bytes).concat();
+        let (len, reply) = machine.exchange(1, &fuse(26, 1, 0, &init), 80);
+        assert!(len.is_some_and(|len| len >= 16), "INIT is answered");
+        // A second INIT in a session is refused.
+        assert!([0, -libc::EINVAL].contains(&fuse_error(&reply, 1)));
+        let (len, reply) = machine.exchange(1, &fuse(1, 2, 1, b"x\0"), 16 + 128);
+        assert_eq!((len, fuse_error(&reply, 2)), (Some(144), 0), "the export is found");
+        let (request, room) = self.request();
+        let (len, answer) = machine.exchange(1, &request, room);
+        self.check(len.expect("GETATTR is answered"), &answer);
+        assert_eq!(fuse_error(&answer, 77), 0);
+        assert!(machine.interrupted(), "an answer interrupts");
+    }
+}
+
+const GUEST_CID: u64 = 3;
+/// Where packets are received.
+const RECEIVED: u64 = 14 << 20;
+/// Nobody listens there.
+const CLOSED_PORT: u32 = 9;
+
+struct VsockSubject;
+
+pub fn vsock() -> impl Subject {
+    VsockSubject
+}
+
+impl Subject for VsockSubject {
+    fn device(&self) -> Arc<Mutex<dyn VirtioDevice>> {
+        Arc::new(Mutex::new(Vsock::new(GUEST_CID).unwrap().0))
+    }
+
+    fn queue(&self) -> usize {
+        1
+    }
+
+    fn request(&self) -> (Vec<u8>, u32) {
+        // A REQUEST from port 7777 (virtio 1.3, 5.10.6).
+        let cids = [GUEST_CID.to_le_bytes(), 2u64.to_le_bytes()].concat();
+        let ports = [7777u32, CLOSED_PORT, 0].map(u32::to_le_bytes).concat();
+        let kind = [1u16, 1].map(u16::to_le_bytes).concat();
+        (([cids, ports, kind, vec![0; 4], 65536u32.to_le_bytes().to_vec(), vec![0; 4]]).concat(), 0)
+    }
+
+    fn check(&self, len: u32, _: &[u8]) {
+        assert_eq!(len, 0, "nothing is written to a sent packet");
+    }
+
+    fn good(&self, machine: &mut Machine) {
+        // What earlier requests were answered with comes first.
+        const ROOMS: u64 = 16;
+        let (request, _) = self.request();
+        for _ in 0..64 {
+            for room in 0..ROOMS {
+                machine.put(RECEIVED + 4096 * room, &[0; 44]);
+                machine.describe(machine.rings[0].desc, room as u16, writable(RECEIVED + 4096 * room, 4096));
+                machine.offer(0, room as u16);
+            }
+            machine.kick(0);
+            let (len, _) = machine.exchange(1, &request, 0);
+            self.check(len.expect("the packet is taken"), &[]);
+            let answers = machine.used(0);
+            // The rooms that are left are filled before the next are offered.
+            let missing = ROOMS as usize - answers.len();
+            for _ in 0..missing {
+                machine.exchange(1, &request, 0);
+            }
+            machine.used(0);
+            let answer = machine.take(RECEIVED, 44);
+            let word = |at: usize| u32::from_le_bytes(answer[at..at + 4].try_into().unwrap());
+            if (word(16), word(20), answer[30]) == (CLOSED_PORT, 7777, 3) {
+                return assert!(machine.interrupted(), "an answer interrupts");
+            }
+        }
+        panic!("no RST came from the closed port");
     }
 }

@@ -1,0 +1,169 @@
+//! Virtqueues by themselves, where a device in between would hide something.
+
+mod common;
+
+use common::{Desc, INDIRECT, NEXT, SEAM, linked, memory, readable, writable};
+use katavm_devices::memory::GuestMemory;
+use katavm_devices::virtio::queue::{ChainError, QueueError, QueueSet, VirtQueue};
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{Bytes, GuestAddress};
+
+const SIZE: u16 = 16;
+const DESC: u64 = 0x1000;
+const AVAIL: u64 = 0x2000;
+const USED: u64 = 0x3000;
+
+struct Driver {
+    memory: GuestMemory,
+    next: u16,
+}
+
+impl Driver {
+    fn new() -> (Self, VirtQueue) {
+        let memory = memory();
+        let mut queue = Queue::new(SIZE).unwrap();
+        queue.set_desc_table_address(Some(DESC as u32), None);
+        queue.set_avail_ring_address(Some(AVAIL as u32), None);
+        queue.set_used_ring_address(Some(USED as u32), None);
+        queue.set_ready(true);
+        let queue = VirtQueue::new(queue, memory.clone()).unwrap();
+        (Self { memory, next: 0 }, queue)
+    }
+
+    fn describe(&self, index: u16, desc: Desc) {
+        let at = DESC + 16 * u64::from(index);
+        self.memory.write_obj(desc.addr, GuestAddress(at)).unwrap();
+        self.memory.write_obj(desc.len, GuestAddress(at + 8)).unwrap();
+        self.memory.write_obj(desc.flags, GuestAddress(at + 12)).unwrap();
+        self.memory.write_obj(desc.next, GuestAddress(at + 14)).unwrap();
+    }
+
+    fn offer(&mut self, head: u16) {
+        let entry = AVAIL + 4 + 2 * u64::from(self.next % SIZE);
+        self.memory.write_obj(head, GuestAddress(entry)).unwrap();
+        self.next += 1;
+        self.memory.write_obj(self.next, GuestAddress(AVAIL + 2)).unwrap();
+    }
+}
+
+#[test]
+fn a_head_that_the_device_still_has_is_refused() {
+    let (mut driver, mut queue) = Driver::new();
+    driver.describe(3, writable(0x10000, 8));
+    driver.offer(3);
+    driver.offer(3);
+    let chain = queue.pop().unwrap().unwrap();
+    assert!(matches!(queue.pop(), Err(QueueError::DuplicateHead(3))));
+    queue.add_used(chain.head(), 8).unwrap();
+    assert!(queue.pop().unwrap().is_some(), "given back, it may come again");
+}
+
+#[test]
+fn a_chain_is_given_back_once() {
+    let (mut driver, mut queue) = Driver::new();
+    driver.describe(0, writable(0x10000, 8));
+    driver.offer(0);
+    assert!(queue.add_used(0, 0).is_err(), "not before it was taken");
+    queue.pop().unwrap().unwrap();
+    queue.add_used(0, 8).unwrap();
+    assert!(queue.add_used(0, 8).is_err());
+    assert!(queue.add_used(SIZE, 8).is_err());
+    assert_eq!(driver.memory.read_obj::<u16>(GuestAddress(USED + 2)).unwrap(), 1);
+}
+
+#[test]
+fn a_chain_that_was_put_back_comes_again() {
+    let (mut driver, mut queue) = Driver::new();
+    for head in 0..2 {
+        driver.describe(head, writable(0x10000, 8));
+        driver.offer(head);
+    }
+    assert_eq!(queue.pop().unwrap().unwrap().head(), 0);
+    assert_eq!(queue.pop().unwrap().unwrap().head(), 1);
+    queue.undo_pop();
+    assert_eq!(queue.save().in_flight, [0]);
+    assert_eq!(queue.pop().unwrap().unwrap().head(), 1);
+    assert!(queue.pop().unwrap().is_none());
+}
+
+#[test]
+fn what_is_in_flight_survives_a_snapshot() {
+    let (mut driver, mut queue) = Driver::new();
+    for head in [4, 2, 9] {
+        driver.describe(head, writable(0x10000, 8));
+        driver.offer(head);
+        queue.pop().unwrap().unwrap();
+    }
+    queue.add_used(2, 8).unwrap();
+    let state = queue.save();
+    assert_eq!(state.in_flight, [4, 9]);
+    let mut restored = VirtQueue::restore(&state, driver.memory.clone()).unwrap();
+    driver.offer(9);
+    assert!(matches!(restored.pop(), Err(QueueError::DuplicateHead(9))));
+    restored.add_used(9, 8).unwrap();
+    assert!(restored.add_used(2, 8).is_err(), "that one was given back before");
+}
+
+#[test]
+fn buffers_join_regions_that_touch() {
+    let (mut driver, mut queue) = Driver::new();
+    driver.describe(0, Desc { flags: NEXT, next: 1, ..readable(SEAM - 3, 8) });
+    driver.describe(1, writable(SEAM - 1, 2));
+    driver.offer(0);
+    driver.memory.write_slice(b"abcdefgh", GuestAddress(SEAM - 3)).unwrap();
+    let chain = queue.pop().unwrap().unwrap();
+    let mut bytes = [0; 8];
+    let mut reader = chain.reader(queue.memory());
+    assert_eq!(reader.iovecs(8).iter().map(|vector| vector.iov_len).collect::<Vec<_>>(), [3, 5]);
+    reader.read_exact(&mut bytes).unwrap();
+    assert_eq!(&bytes, b"abcdefgh");
+    chain.writer(queue.memory()).write_all(b"xy").unwrap();
+    driver.memory.read_slice(&mut bytes, GuestAddress(SEAM - 3)).unwrap();
+    assert_eq!(&bytes, b"abxyefgh");
+}
+
+#[test]
+fn a_run_of_buffers_can_be_cut_anywhere() {
+    let (mut driver, mut queue) = Driver::new();
+    for (index, desc) in linked(&[readable(0x10000, 3), readable(0x20000, 0), readable(0x30000, 4)]).iter().enumerate()
+    {
+        driver.describe(index as u16, *desc);
+    }
+    driver.memory.write_slice(b"abc", GuestAddress(0x10000)).unwrap();
+    driver.memory.write_slice(b"defg", GuestAddress(0x30000)).unwrap();
+    driver.offer(0);
+    let chain = queue.pop().unwrap().unwrap();
+    for cut in 0..=9 {
+        let mut first = chain.reader(queue.memory());
+        let mut rest = first.split_off(cut);
+        let mut bytes = [b'.'; 8];
+        let len = first.read(&mut bytes);
+        assert_eq!(len, cut.min(7));
+        assert_eq!(rest.read(&mut bytes[len..]), 7 - len);
+        assert_eq!((&bytes[..7], first.consumed(), rest.consumed()), (&b"abcdefg"[..], len, 7 - len));
+        assert!(first.read_obj::<u8>().is_err() && rest.write_obj(&0u8).is_err());
+    }
+}
+
+#[test]
+fn a_bad_chain_is_named_in_the_error() {
+    let (mut driver, mut queue) = Driver::new();
+    driver.describe(0, Desc { flags: INDIRECT, ..readable(0x10000, 24) });
+    driver.offer(0);
+    let error = queue.pop().unwrap_err();
+    assert!(matches!(error, QueueError::Chain { head: 0, error: ChainError::Indirect }), "{error}");
+}
+
+#[test]
+fn queues_that_nobody_set_up_do_nothing() {
+    let mut queues = QueueSet::new(&[16, 16]).unwrap();
+    assert!(!queues.is_active() && queues.memory().is_none());
+    assert!(queues.pop(0).is_none() && !queues.enable_kicks(0));
+    queues.add_used(0, 0, 0);
+    queues.notify(7);
+    queues.serve(0, 8, |_, _| panic!("nothing to serve"));
+    queues.kick(7);
+    assert!(!queues.take_kick(0) && !queues.take_kick(7));
+    queues.kick(1);
+    assert!(queues.take_kick(1) && !queues.take_kick(1));
+}
