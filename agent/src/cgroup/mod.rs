@@ -1,5 +1,6 @@
 //! Operations on a container's cgroup (v2). Limits are applied by libcontainer; this is what happens later.
 
+pub mod devices;
 pub mod oom;
 pub mod stats;
 
@@ -36,6 +37,14 @@ impl Cgroup {
     /// Its path in the tree, as `linux.cgroupsPath` wants it.
     pub fn path_in_tree(&self) -> PathBuf {
         Path::new("/").join(self.path.strip_prefix(ROOT).unwrap_or(&self.path))
+    }
+
+    /// Makes it; libcontainer joins it and sets its limits.
+    ///
+    /// # Errors
+    /// Those of mkdir(2).
+    pub fn make(&self) -> io::Result<()> {
+        fs::create_dir(&self.path)
     }
 
     /// Kills every process in it (cgroup.kill); none is left out, however fast they fork.

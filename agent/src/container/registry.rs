@@ -12,7 +12,7 @@ use super::directory::{Directory, check_id};
 use super::launch::launch;
 use super::process::Process;
 use super::spec;
-use crate::cgroup::{Cgroup, oom};
+use crate::cgroup::{Cgroup, devices, oom};
 use crate::error::Error;
 use crate::events::Events;
 use crate::helper::{CreateTask, ExecTask, Task};
@@ -97,7 +97,10 @@ impl Containers {
             directory,
             processes: Mutex::new(HashMap::from([(String::new(), None)])),
         });
-        let made = self.make_init(&container, &request.stdio.unwrap_or_default()).await;
+        let made = match prepare_cgroup(&container) {
+            Ok(()) => self.make_init(&container, &request.stdio.unwrap_or_default()).await,
+            Err(error) => Err(error),
+        };
         let pid = match made {
             Ok(pid) => pid,
             Err(error) => {
@@ -191,7 +194,8 @@ impl Containers {
                 Ok(())
             });
             if let Err(error) = attached {
-                self.await_end(&birth, container, exec_id, &Arc::new(process));
+                self.reaper.await_end(&birth, pid, |_| {});
+                // One that has ended already needs no signal.
                 let _ = self.reaper.signal(pid, libc::SIGKILL);
                 return Err(Error::io("cannot set up the terminal", error));
             }
@@ -305,6 +309,15 @@ impl Container {
         process.end(exit.clone());
         events.exit(&self.id, exec_id, exit);
     }
+}
+
+/// Makes the container's cgroup with its device rules, before any process can be in it.
+fn prepare_cgroup(container: &Container) -> Result<(), Error> {
+    let linux = container.spec.linux().as_ref();
+    let resources = linux.and_then(|linux| linux.resources().as_ref());
+    let rules = resources.and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
+    container.cgroup.make().map_err(|error| Error::io("cannot make the container's cgroup", error))?;
+    devices::apply(&container.cgroup, rules).map_err(|error| Error::io("cannot apply the device rules", error))
 }
 
 /// Kills everything in a cgroup, waits for its end and removes it.

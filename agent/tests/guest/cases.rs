@@ -63,6 +63,7 @@ pub async fn run(agent: &Agent, filter: &str) {
         rlimits,
         read_only,
         kill_all,
+        devices,
         sequence,
     );
 }
@@ -642,6 +643,23 @@ async fn kill_all(agent: &Agent) {
     agent.client.signal(soon(), &request(15)).await.unwrap();
     assert_eq!(agent.wait("c1", "").await.status, 3);
     assert!(agent.client.list_processes(soon(), &container("c1")).await.unwrap().pids.is_empty());
+    agent.remove("c1").await;
+}
+
+async fn devices(agent: &Agent) {
+    let script = "cd /tmp; mknod mem c 1 1; mknod serial c 4 64; mknod zero c 1 5; head -c 2 zero | wc -c; \
+                  echo '# by the serial port' > serial && echo written; head -c 1 mem; head -c 1 serial; rm mem serial zero";
+    let rules = json!({"devices": [
+        {"allow": false, "access": "rwm"}, {"allow": true, "type": "c", "major": 4, "minor": 64, "access": "w"}
+    ]});
+    let outcome = agent.run("c1", &with(sh(script), "/linux/resources", rules)).await;
+    assert_eq!(outcome.stdout, "2\nwritten\n", "{outcome:?}");
+    assert_eq!(outcome.stderr.matches("Operation not permitted").count(), 2, "{outcome:?}");
+    agent.create("c1", &sh("sleep 1000"), Stdio::new()).await.unwrap();
+    agent.start("c1").await;
+    let script = "cd /tmp; mknod serial c 4 64; echo x > serial; rm serial";
+    let outcome = agent.exec("c1", "e1", &process(&["sh", "-c", script])).await;
+    assert!(outcome.stderr.contains("Operation not permitted"), "{outcome:?}");
     agent.remove("c1").await;
 }
 
