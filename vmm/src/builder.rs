@@ -11,6 +11,7 @@ use katavm_devices::rng::Rng;
 use katavm_devices::virtio::Interrupt;
 use katavm_devices::virtio::mmio::{MmioTransport, NOTIFY_OFFSET, SharedDevice, WINDOW};
 use katavm_devices::virtio::queue::QueueError;
+use katavm_devices::vsock::Vsock;
 use kvm_ioctls::{IoEventAddress, Kvm, VmFd};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -72,6 +73,12 @@ pub struct MicrovmBuilder {
 impl MicrovmBuilder {
     pub(crate) fn new(config: MicrovmConfig) -> Self {
         Self { config, slots: Vec::new() }
+    }
+
+    /// Adds the socket device.
+    #[must_use]
+    pub fn vsock(self, vsock: Vsock) -> Self {
+        self.slot(Arc::new(Mutex::new(vsock)), false, "vsock")
     }
 
     /// Adds a shared file system.

@@ -3,8 +3,10 @@
 //! Every case proves that a guest ran: by KVM's own count of exits and by words of the guest's kernel.
 //! What a failed case left (console, logs) is kept under `$KATAVM_OUT/e2e/<case>`.
 
+mod agent;
 mod boot;
 mod context;
+mod guest;
 mod report;
 
 use anyhow::Result;
@@ -34,7 +36,7 @@ pub struct Case {
 #[must_use]
 pub fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
-    for (group, rows) in [boot::CASES] {
+    for (group, rows) in [boot::CASES, agent::CASES] {
         cases.extend(rows.iter().map(|(name, check)| Case { group, name, check: *check }));
     }
     cases

@@ -1,0 +1,195 @@
+//! A guest with the real agent, driven without the runtime.
+
+use std::fs::File;
+use std::io::Read;
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use katavm_devices::fs::{ExportOptions, Fs, FsShare};
+use katavm_devices::rng::Rng;
+use katavm_devices::vsock::{Vsock, VsockHost};
+use katavm_protocol::agent::{
+    CreateContainerRequest, CreateSandboxRequest, ContainerRequest, Empty, Exit, ProcessRequest, Ready, Stdio, StreamHello,
+    StreamKind, StreamReply,
+};
+use katavm_protocol::agent_ttrpc::AgentClient;
+use katavm_protocol::{frame, ports};
+use katavm_vmm::{ExitReason, Microvm, MicrovmConfig};
+use serde_json::{Value, json};
+use tokio::runtime::Runtime;
+
+use super::Context;
+
+/// How long the agent may take to be ready, emulated and on a busy machine.
+const LIMIT: Duration = Duration::from_secs(120);
+/// The guest's context identifier.
+const CID: u64 = 3;
+
+/// A running guest with its agent.
+pub struct Guest {
+    /// The machine.
+    pub vm: Microvm,
+    /// The host's side of its sockets.
+    pub sockets: VsockHost,
+    /// Its shared folders.
+    pub share: FsShare,
+    /// What the agent said when it was ready.
+    pub ready: Ready,
+    /// The agent.
+    pub agent: AgentClient,
+    runtime: Runtime,
+}
+
+/// What a container process did.
+pub struct Output {
+    /// All of its standard output.
+    pub stdout: Vec<u8>,
+    /// How it ended.
+    pub exit: Exit,
+}
+
+impl Guest {
+    /// Boots the guest image and waits for its agent.
+    ///
+    /// # Errors
+    /// When the guest does not come up; the console is noted.
+    pub fn boot(context: &Context, change: impl FnOnce(&mut MicrovmConfig)) -> Result<Self> {
+        let mut config = MicrovmConfig {
+            kernel: context.image("vmlinux")?,
+            initramfs: Some(context.image("initramfs")?),
+            ..Default::default()
+        };
+        change(&mut config);
+        let (vsock, sockets) = Vsock::new(CID)?;
+        let share = FsShare::new();
+        let fs = Fs::new("katavm", share.clone())?;
+        let vm = Microvm::builder(config).vsock(vsock).fs(fs).rng(Rng::new()?).build()?;
+        let listener = sockets.listen(ports::READY)?;
+        vm.start()?;
+        let ready = listener.accept(Some(LIMIT)).and_then(|mut stream| frame::read::<Ready>(&mut stream));
+        let ready = ready.with_context(|| {
+            context.note("console", vm.console().tail());
+            format!("the agent is not ready ({:?}); console:\n{}", vm.exit_reason(), vm.console().tail())
+        })?;
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        let stream = sockets.connect(ports::RPC, LIMIT)?;
+        let agent = runtime.block_on(async {
+            stream.set_nonblocking(true)?;
+            let stream = tokio::net::UnixStream::from_std(stream)?;
+            anyhow::Ok(AgentClient::new(ttrpc::r#async::Client::new(ttrpc::r#async::transport::Socket::new(stream))))
+        })?;
+        Ok(Self { vm, sockets, share, ready, agent, runtime })
+    }
+
+    /// Waits for an answer of the agent.
+    ///
+    /// # Errors
+    /// What the agent answered.
+    pub fn ask<T>(&self, request: impl Future<Output = ttrpc::Result<T>>) -> Result<T> {
+        self.runtime.block_on(request).with_context(|| format!("console:\n{}", self.vm.console().tail()))
+    }
+
+    /// A deadline for one request.
+    #[must_use]
+    pub fn soon() -> ttrpc::context::Context {
+        ttrpc::context::with_timeout(LIMIT.as_nanos() as i64)
+    }
+
+    /// Prepares the sandbox.
+    ///
+    /// # Errors
+    /// What the agent answered.
+    pub fn sandbox(&self) -> Result<()> {
+        let request = CreateSandboxRequest { shared_tag: "katavm".into(), ..Default::default() };
+        self.ask(self.agent.create_sandbox(Self::soon(), &request)).map(drop)
+    }
+
+    /// Runs `args` in a new container `id` on the root file system at `rootfs`, to its end.
+    ///
+    /// # Errors
+    /// When any step fails.
+    pub fn run(&self, id: &str, rootfs: &Path, args: &[&str]) -> Result<Output> {
+        let (stdout, exit) = self.start(id, rootfs, args)?.wait(self)?;
+        let request = ContainerRequest { container_id: id.into(), ..Default::default() };
+        self.ask(self.agent.remove_container(Self::soon(), &request))?;
+        Ok(Output { stdout, exit })
+    }
+
+    /// Starts `args` in a new container `id` on the root file system at `rootfs`.
+    ///
+    /// # Errors
+    /// When any step fails.
+    pub fn start(&self, id: &str, rootfs: &Path, args: &[&str]) -> Result<Running> {
+        self.share.add_export(id, File::open(rootfs)?.into(), ExportOptions::default())?;
+        let mut create = CreateContainerRequest { container_id: id.into(), ..Default::default() };
+        create.spec = serde_json::to_vec(&spec(id, args))?;
+        create.stdio = Some(Stdio { stdout: true, ..Default::default() }).into();
+        self.ask(self.agent.create_container(Self::soon(), &create))?;
+        let stdout = self.stream(id, StreamKind::STREAM_KIND_STDOUT)?;
+        let request = ContainerRequest { container_id: id.into(), ..Default::default() };
+        self.ask(self.agent.start_container(Self::soon(), &request))?;
+        Ok(Running { id: id.into(), stdout })
+    }
+
+    fn stream(&self, id: &str, kind: StreamKind) -> Result<UnixStream> {
+        let mut stream = self.sockets.connect(ports::STREAM, LIMIT)?;
+        frame::write(&mut stream, &StreamHello { container_id: id.into(), kind: kind.into(), ..Default::default() })?;
+        let reply: StreamReply = frame::read(&mut stream)?;
+        ensure!(reply.error.is_empty(), "no stream: {}", reply.error);
+        Ok(stream)
+    }
+
+    /// Ends the guest in order.
+    ///
+    /// # Errors
+    /// When it ends otherwise.
+    pub fn end(self) -> Result<()> {
+        // The reply may not arrive: the machine is gone by then.
+        let _ = self.runtime.block_on(self.agent.destroy_sandbox(Self::soon(), &Empty::default()));
+        let reason = self.vm.wait();
+        ensure!(reason == ExitReason::Orderly, "ended because {reason:?}; console:\n{}", self.vm.console().tail());
+        Ok(())
+    }
+}
+
+/// A container process that runs.
+pub struct Running {
+    id: String,
+    stdout: UnixStream,
+}
+
+impl Running {
+    /// Reads its output to the end and waits for its exit.
+    ///
+    /// # Errors
+    /// When the connection breaks.
+    pub fn wait(mut self, guest: &Guest) -> Result<(Vec<u8>, Exit)> {
+        let mut stdout = Vec::new();
+        self.stdout.read_to_end(&mut stdout)?;
+        self.stdout.shutdown(Shutdown::Both).ok();
+        let request = ProcessRequest { container_id: self.id, ..Default::default() };
+        let exit = guest.ask(guest.agent.wait(Guest::soon(), &request))?.exit;
+        Ok((stdout, exit.into_option().context("no exit")?))
+    }
+}
+
+fn spec(id: &str, args: &[&str]) -> Value {
+    json!({
+        "ociVersion": "1.2.0",
+        "process": {
+            "args": args, "cwd": "/", "user": {"uid": 0, "gid": 0},
+            "env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"],
+        },
+        "root": {"path": format!("/run/katavm/shared/{id}")},
+        "hostname": id,
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]},
+            {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs"},
+        ],
+        "linux": {"namespaces": [{"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "cgroup"}]},
+    })
+}
