@@ -3,7 +3,10 @@
 mod common;
 
 use std::fs::File;
+use std::io::Write as _;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::{Arc, Mutex};
 
 use common::{CONFIG, Desc, F_EVENT_IDX, INDIRECT, Machine, READABLE, TABLE, WRITABLE, linked, readable, writable};
@@ -32,8 +35,14 @@ impl Disk {
     }
 
     fn with_features(read_only: bool, accepted: u64) -> Self {
-        let file = tempfile::tempfile().unwrap();
-        file.set_len(SECTORS * 512).unwrap();
+        Self::on(tempfile::tempfile().unwrap(), read_only, accepted)
+    }
+
+    /// On a file, or a block device of the right size, filled so that each byte tells its sector.
+    fn on(file: File, read_only: bool, accepted: u64) -> Self {
+        if file.metadata().unwrap().is_file() {
+            file.set_len(SECTORS * 512).unwrap();
+        }
         for sector in 0..SECTORS {
             file.write_all_at(&[sector as u8; 512], 512 * sector).unwrap();
         }
@@ -285,4 +294,53 @@ fn what_is_no_disk_is_refused_without_waiting() {
         let config = BlockConfig { file: tempfile::tempfile().unwrap(), read_only: false, serial: serial.into() };
         assert!(matches!(Block::new(config), Err(BlockError::Serial(_))), "{serial:?}");
     }
+}
+
+/// A loop device, which goes away with this.
+struct Loop {
+    path: PathBuf,
+    _file: tempfile::NamedTempFile,
+}
+
+impl Loop {
+    /// None where the machine has no loop devices for us.
+    fn new() -> Option<Self> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(512 * SECTORS).unwrap();
+        let made = Command::new("losetup").args(["--find", "--show"]).arg(file.path()).output().ok()?;
+        let path = String::from_utf8(made.stdout).ok()?;
+        made.status.success().then(|| Self { path: Path::new(path.trim()).to_path_buf(), _file: file })
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").arg("--detach").arg(&self.path).status();
+    }
+}
+
+#[test]
+fn a_block_device_of_the_host_does_as_a_file_does() {
+    let Some(host) = Loop::new() else {
+        // Past the harness' capture, so that it is seen.
+        let _ = writeln!(
+            std::io::stderr(),
+            "SKIPPED a_block_device_of_the_host_does_as_a_file_does: no loop device can be set up here"
+        );
+        return;
+    };
+    let config = BlockConfig::open(&host.path, false, "loop").unwrap();
+    let mut disk = Disk::on(config.file, false, u64::MAX);
+    let mut capacity = [0; 8];
+    disk.machine.transport.read(CONFIG, &mut capacity);
+    assert_eq!(u64::from_le_bytes(capacity), SECTORS);
+    assert_eq!(disk.request(IN, SECTORS - 1, &[], 512), (513, vec![0xff; 512], OK));
+    assert_eq!(disk.status(IN, SECTORS - 1, &[], 1024), IOERR);
+    assert_eq!(disk.status(OUT, 3, &[0xee; 512], 0), OK);
+    assert_eq!(disk.status(FLUSH, 0, &[], 0), OK);
+    assert_eq!(disk.on_file(2, 3), [[2; 512], [0xee; 512], [4; 512]].concat());
+    assert_eq!(disk.status(WRITE_ZEROES, 0, &segment(8, 8, 0), 0), OK);
+    assert_eq!(disk.status(DISCARD, 0, &segment(2048, 1024, 0), 0), OK);
+    assert_eq!(disk.request(IN, 7, &[], 512 * 10).1, [&[7; 512][..], &[0; 4096], &[16; 512]].concat());
+    assert_eq!(disk.request(IN, 2048, &[], 512).1, [0; 512], "a loop device punches holes");
 }
