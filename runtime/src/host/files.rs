@@ -1,0 +1,101 @@
+//! Opening what the guest is to see.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use rustix::fs::{FileType, Mode, OFlags, fstat, major, minor};
+
+/// What a path leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FileKind {
+    /// A directory.
+    Directory,
+    /// A regular file.
+    Regular,
+    /// A character device with these numbers.
+    CharacterDevice(u32, u32),
+    /// A block device.
+    BlockDevice,
+    /// A socket of the host's kernel.
+    Socket,
+    /// A named pipe of the host's kernel.
+    Fifo,
+    /// None of these.
+    Other,
+}
+
+impl FileKind {
+    /// As a person calls it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Directory => "directory",
+            Self::Regular => "regular file",
+            Self::CharacterDevice(..) => "character device",
+            Self::BlockDevice => "block device",
+            Self::Socket => "socket",
+            Self::Fifo => "named pipe",
+            Self::Other => "file of unknown kind",
+        }
+    }
+}
+
+/// Opens `path` for nothing but to be found again (open(2), `O_PATH`), following links as mount(2) does.
+///
+/// # Errors
+/// Those of open(2) and fstat(2).
+pub fn open_shared(path: &Path) -> io::Result<(OwnedFd, FileKind)> {
+    let fd = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    let stat = fstat(&fd)?;
+    let kind = match FileType::from_raw_mode(stat.st_mode) {
+        FileType::Directory => FileKind::Directory,
+        FileType::RegularFile => FileKind::Regular,
+        FileType::CharacterDevice => FileKind::CharacterDevice(major(stat.st_rdev), minor(stat.st_rdev)),
+        FileType::BlockDevice => FileKind::BlockDevice,
+        FileType::Socket => FileKind::Socket,
+        FileType::Fifo => FileKind::Fifo,
+        _ => FileKind::Other,
+    };
+    Ok((fd, kind))
+}
+
+/// An error of the system as container runtimes word it: `no such file or directory`.
+#[must_use]
+pub fn system_message(error: &io::Error) -> String {
+    let text = error.to_string();
+    let text = text.split(" (os error").next().unwrap_or(&text);
+    let mut letters = text.chars();
+    letters.next().map_or_else(String::new, |first| first.to_lowercase().chain(letters).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kinds_are_told_apart() {
+        let dir = tempfile::tempdir().unwrap();
+        let kind = |path: &Path| open_shared(path).unwrap().1;
+        assert_eq!(kind(dir.path()), FileKind::Directory);
+        let file = dir.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        assert_eq!(kind(&file), FileKind::Regular);
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        assert_eq!(kind(&link), FileKind::Regular);
+        let socket = dir.path().join("socket");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        assert_eq!(kind(&socket), FileKind::Socket);
+        let fifo = dir.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert_eq!(kind(&fifo), FileKind::Fifo);
+        assert_eq!(kind(Path::new("/dev/null")), FileKind::CharacterDevice(1, 3));
+    }
+
+    #[test]
+    fn errors_read_as_those_of_other_runtimes() {
+        let error = open_shared(Path::new("/nowhere")).unwrap_err();
+        assert_eq!(system_message(&error), "no such file or directory");
+    }
+}

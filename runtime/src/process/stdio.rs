@@ -1,0 +1,293 @@
+//! Standard streams: bytes between what this process has inherited and the container's streams in the guest.
+//!
+//! Each stream has a thread and a connection of its own. A thread reads no more than it can write, so a slow
+//! reader slows the container down and nothing is lost or piled up.
+
+use std::fs::File;
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::UnixStream;
+use std::thread;
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::fs::{major, minor};
+use tokio::sync::oneshot;
+
+/// Bytes that are moved at once: what a pipe can hold by default, four times.
+const CHUNK: usize = 256 * 1024;
+
+/// Which streams the container gets; one that it does not is /dev/null in there.
+#[derive(Debug)]
+pub struct Inherited {
+    /// `None` where this process has /dev/null (or nothing).
+    pub stdin: Option<OwnedFd>,
+    /// Likewise.
+    pub stdout: Option<OwnedFd>,
+    /// Likewise.
+    pub stderr: Option<OwnedFd>,
+}
+
+impl Inherited {
+    /// Duplicates of this process' streams. (A stream that was closed is /dev/null by now: Rust sees to that.)
+    ///
+    /// # Errors
+    /// When no descriptors are left.
+    pub fn take() -> io::Result<Self> {
+        Ok(Self {
+            stdin: unless_null(io::stdin().as_fd())?,
+            stdout: unless_null(io::stdout().as_fd())?,
+            stderr: unless_null(io::stderr().as_fd())?,
+        })
+    }
+}
+
+fn unless_null(fd: BorrowedFd<'_>) -> io::Result<Option<OwnedFd>> {
+    let file = File::from(fd.try_clone_to_owned()?);
+    let metadata = file.metadata()?;
+    let null = metadata.file_type().is_char_device() && (major(metadata.rdev()), minor(metadata.rdev())) == (1, 3);
+    Ok((!null).then(|| file.into()))
+}
+
+/// How a stream out of the container has ended.
+pub type OutputEnd = io::Result<()>;
+
+/// Moves what the container writes to `sink` until it has closed the stream; the receiver hears when all of it
+/// has arrived.
+///
+/// When nobody reads `sink` any more, the stream is closed, and the container's next write fails as it would
+/// have with an ordinary pipe.
+///
+/// # Errors
+/// When no thread can be made.
+pub fn pump_output(name: &str, mut stream: UnixStream, sink: OwnedFd) -> io::Result<oneshot::Receiver<OutputEnd>> {
+    let (ended, end) = oneshot::channel();
+    thread::Builder::new().name(name.to_owned()).spawn(move || {
+        let result = copy(&mut stream, &sink);
+        // One that the guest has closed already needs no shutdown.
+        let _ = stream.shutdown(Shutdown::Both);
+        let result = match result {
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+            other => other,
+        };
+        // Nobody waits for it when the guest has failed.
+        let _ = ended.send(result);
+    })?;
+    Ok(end)
+}
+
+fn copy(stream: &mut UnixStream, sink: &OwnedFd) -> io::Result<()> {
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        match stream.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(len) => write_all(sink, buffer.get(..len).unwrap_or_default())?,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            // The guest has ended without a word: what it sent before is here.
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => return Ok(()),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Writes to a descriptor that others may have set to not block.
+fn write_all(sink: &OwnedFd, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match rustix::io::write(sink, bytes).map_err(io::Error::from) {
+            Ok(len) => bytes = bytes.get(len..).unwrap_or_default(),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => wait(&mut [PollFd::new(sink, PollFlags::OUT)])?,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+fn wait(fds: &mut [PollFd<'_>]) -> io::Result<()> {
+    match poll(fds, None) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// A stream into the container. Dropping it ends the thread, whatever it waits for.
+#[derive(Debug)]
+pub struct InputPump {
+    stop: OwnedFd,
+    stream: UnixStream,
+}
+
+impl Drop for InputPump {
+    fn drop(&mut self) {
+        // An eventfd far from overflow takes every write; the shutdown ends a write that waits for the container.
+        let _ = rustix::io::write(&self.stop, &1_u64.to_ne_bytes());
+        let _ = self.stream.shutdown(Shutdown::Write);
+    }
+}
+
+/// Moves `source` to the container until its end, which the container sees as its own end of file.
+///
+/// # Errors
+/// When no thread, eventfd or duplicate can be made.
+pub fn pump_input(name: &str, stream: UnixStream, source: OwnedFd) -> io::Result<InputPump> {
+    let stop = eventfd(0, EventfdFlags::CLOEXEC)?;
+    let pump = InputPump { stop: stop.try_clone()?, stream: stream.try_clone()? };
+    thread::Builder::new().name(name.to_owned()).spawn(move || {
+        if let Err(error) = feed(&stream, &source, &stop)
+            && !matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset)
+        {
+            log::warn!("reading from standard input: {error}");
+        }
+        // One that the container has closed already needs no shutdown.
+        let _ = stream.shutdown(Shutdown::Write);
+    })?;
+    Ok(pump)
+}
+
+fn feed(mut stream: &UnixStream, source: &OwnedFd, stop: &OwnedFd) -> io::Result<()> {
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        let mut fds = [
+            PollFd::new(source, PollFlags::IN),
+            PollFd::new(stop, PollFlags::IN),
+            // No event asked for: a hang-up is always told. The container reads no more then.
+            PollFd::from_borrowed_fd(stream.as_fd(), PollFlags::empty()),
+        ];
+        wait(&mut fds)?;
+        let [ready, stopped, closed] = fds.map(|fd| !fd.revents().is_empty());
+        if stopped || closed {
+            return Ok(());
+        }
+        if !ready {
+            continue;
+        }
+        match rustix::io::read(source, &mut buffer).map_err(io::Error::from) {
+            Ok(0) => return Ok(()),
+            Ok(len) => stream.write_all(buffer.get(..len).unwrap_or_default())?,
+            Err(error) if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock) => {}
+            // A terminal that was hung up.
+            Err(error) if error.raw_os_error() == Some(libc::EIO) => return Ok(()),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn pattern(len: u32) -> Vec<u8> {
+        (0..len).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect()
+    }
+
+    #[test]
+    fn output_arrives_whole_through_a_slow_reader() {
+        let (ours, mut guest) = UnixStream::pair().unwrap();
+        let (mut reader, sink) = io::pipe().unwrap();
+        let end = pump_output("out", ours, sink.into()).unwrap();
+        let data = pattern(5_000_000);
+        let sent = data.clone();
+        let writer = thread::spawn(move || guest.write_all(&sent).unwrap());
+        let mut received = Vec::new();
+        let mut piece = vec![0; 3001];
+        loop {
+            let len = reader.read(&mut piece).unwrap();
+            if len == 0 {
+                break;
+            }
+            received.extend_from_slice(&piece[..len]);
+        }
+        writer.join().unwrap();
+        assert!(received == data, "{} of {} bytes", received.len(), data.len());
+        end.blocking_recv().unwrap().unwrap();
+    }
+
+    #[test]
+    fn output_waits_for_a_sink_that_does_not_block() {
+        let (ours, mut guest) = UnixStream::pair().unwrap();
+        let (mut reader, sink) = io::pipe().unwrap();
+        rustix::io::ioctl_fionbio(&sink, true).unwrap();
+        let end = pump_output("out", ours, sink.into()).unwrap();
+        let data = pattern(1_000_000);
+        let sent = data.clone();
+        thread::spawn(move || guest.write_all(&sent).unwrap());
+        let mut received = Vec::new();
+        reader.read_to_end(&mut received).unwrap();
+        assert!(received == data);
+        end.blocking_recv().unwrap().unwrap();
+    }
+
+    #[test]
+    fn a_reader_that_goes_closes_the_stream() {
+        let (ours, mut guest) = UnixStream::pair().unwrap();
+        let (reader, sink) = io::pipe().unwrap();
+        let end = pump_output("out", ours, sink.into()).unwrap();
+        drop(reader);
+        // Some of it may be on its way before the other side notices.
+        let error = (0..1000).find_map(|_| guest.write_all(&[0; 4096]).err()).expect("the stream stays open");
+        assert_eq!(error.kind(), ErrorKind::BrokenPipe);
+        end.blocking_recv().unwrap().unwrap();
+    }
+
+    #[test]
+    fn a_full_disk_is_told() {
+        let (ours, mut guest) = UnixStream::pair().unwrap();
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        let end = pump_output("out", ours, full.into()).unwrap();
+        guest.write_all(b"x").unwrap();
+        assert_eq!(end.blocking_recv().unwrap().unwrap_err().raw_os_error(), Some(libc::ENOSPC));
+    }
+
+    #[test]
+    fn input_arrives_whole_and_ends() {
+        let (ours, mut guest) = UnixStream::pair().unwrap();
+        let (source, mut writer) = io::pipe().unwrap();
+        let _pump = pump_input("in", ours, source.into()).unwrap();
+        let data = pattern(2_000_000);
+        let sent = data.clone();
+        thread::spawn(move || writer.write_all(&sent).unwrap());
+        let mut received = Vec::new();
+        guest.read_to_end(&mut received).unwrap();
+        assert!(received == data);
+    }
+
+    #[test]
+    fn input_ends_when_the_container_closes_it_or_the_pump_is_dropped() {
+        let (ours, guest) = UnixStream::pair().unwrap();
+        let (source, writer) = io::pipe().unwrap();
+        let _pump = pump_input("in", ours, source.into()).unwrap();
+        drop(guest);
+        wait_for_reader_to_go(writer);
+        let (ours, mut guest) = UnixStream::pair().unwrap();
+        let (source, mut writer) = io::pipe().unwrap();
+        let pump = pump_input("in", ours, source.into()).unwrap();
+        // The container does not read: the thread waits in its write.
+        thread::spawn({
+            let mut writer = writer.try_clone().unwrap();
+            move || while writer.write_all(&[0; 65536]).is_ok() {}
+        });
+        thread::sleep(Duration::from_millis(50));
+        drop(pump);
+        let _ = guest.read_to_end(&mut Vec::new()).unwrap();
+        assert!(writer.write_all(&[0; 1 << 20]).is_err());
+    }
+
+    fn wait_for_reader_to_go(mut writer: io::PipeWriter) {
+        // A pipe without a reader tells so by an error condition.
+        let mut fds = [PollFd::new(&writer, PollFlags::empty())];
+        let timeout = rustix::event::Timespec { tv_sec: 10, tv_nsec: 0 };
+        assert_eq!(poll(&mut fds, Some(&timeout)).unwrap(), 1, "the reader stays");
+        assert!(writer.write_all(b"x").is_err());
+    }
+
+    #[test]
+    fn dev_null_is_not_carried() {
+        let null = File::options().read(true).open("/dev/null").unwrap();
+        assert!(unless_null(null.as_fd()).unwrap().is_none());
+        let zero = File::options().read(true).open("/dev/zero").unwrap();
+        assert!(unless_null(zero.as_fd()).unwrap().is_some());
+    }
+}

@@ -1,0 +1,274 @@
+//! What a sandbox needs, decided before anything is made: its size, what of the host it shares, and the
+//! configuration as the guest shall see it.
+
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{Mount, Spec};
+
+use super::size::{MemorySize, Size, SizeError};
+use crate::config::Bundle;
+use crate::host::{self, FileKind, system_message};
+
+/// Where the guest has what is shared: each export is a directory or file in here.
+const SHARED: &str = "/run/katavm/shared";
+/// The export's name of the root file system.
+const ROOTFS: &str = "rootfs";
+
+/// Character devices that each Linux has under the same name and number: the guest's own stands in for the host's.
+const STANDARD_DEVICES: [(u32, u32, &str); 6] = [
+    (1, 3, "/dev/null"),
+    (1, 5, "/dev/zero"),
+    (1, 7, "/dev/full"),
+    (1, 8, "/dev/random"),
+    (1, 9, "/dev/urandom"),
+    (5, 0, "/dev/tty"),
+];
+
+/// Why no plan could be made.
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError {
+    /// The size.
+    #[error(transparent)]
+    Size(#[from] SizeError),
+    /// The source of a bind mount is not there, as runc words it.
+    #[error("error mounting {source_path:?} to rootfs at {destination:?}: stat {path}: {reason}", path = source_path.display())]
+    Source {
+        /// On the host.
+        source_path: PathBuf,
+        /// In the container.
+        destination: PathBuf,
+        /// What the system said.
+        reason: String,
+    },
+    /// The source of a bind mount lives in the host's kernel.
+    #[error(
+        "mounts[{index}]: {source_path:?} is a {kind} of the host's kernel, which a guest with a kernel of its own cannot use"
+    )]
+    Special {
+        /// Which mount.
+        index: usize,
+        /// On the host.
+        source_path: PathBuf,
+        /// What it is.
+        kind: &'static str,
+    },
+    /// A bind mount without a source.
+    #[error("mounts[{0}]: a bind mount needs a source")]
+    NoSource(usize),
+    /// The configuration cannot be written down again.
+    #[error("cannot write the guest's configuration: {0}")]
+    Json(#[from] serde_json::Error),
+}
+
+/// A directory or file of the host that the guest sees.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Export {
+    /// Its name in the shared directory.
+    pub name: String,
+    /// On the host.
+    pub path: PathBuf,
+    /// Whether the guest may not change it.
+    pub read_only: bool,
+}
+
+/// Everything that is decided beforehand.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// RAM and vCPUs.
+    pub size: Size,
+    /// What is shared, the root file system first.
+    pub exports: Vec<Export>,
+    /// config.json for the agent.
+    pub guest_spec: Vec<u8>,
+    /// Whether the container's process has a terminal.
+    pub terminal: bool,
+}
+
+/// What the command line says about the size.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SizeOptions {
+    /// `--memory`
+    pub memory: Option<MemorySize>,
+    /// `--cpus`
+    pub cpus: Option<u32>,
+}
+
+impl Plan {
+    /// Plans a sandbox for one bundle.
+    ///
+    /// # Errors
+    /// Any [`PlanError`].
+    pub fn new(bundle: &Bundle, options: SizeOptions) -> Result<Self, PlanError> {
+        let size = Size::plan(&bundle.spec, options.memory, options.cpus)?;
+        let mut spec = bundle.spec.clone();
+        // The root stays writable for the guest even if `root.readonly` is set: mount points that are missing in it
+        // are made by the agent, as other runtimes do, before it becomes read-only for the container.
+        let mut exports = vec![Export { name: ROOTFS.into(), path: bundle.rootfs.clone(), read_only: false }];
+        if let Some(root) = spec.root_mut() {
+            root.set_path(Path::new(SHARED).join(ROOTFS));
+        }
+        if let Some(mounts) = spec.mounts_mut() {
+            for (index, mount) in mounts.iter_mut().enumerate() {
+                exports.extend(share(mount, index, &bundle.path)?);
+            }
+        }
+        strip(&mut spec);
+        let terminal = spec.process().as_ref().and_then(|process| process.terminal()).unwrap_or_default();
+        Ok(Self { size, exports, guest_spec: serde_json::to_vec(&spec)?, terminal })
+    }
+}
+
+/// Turns the source of a bind mount into a path of the guest; the export that this takes.
+fn share(mount: &mut Mount, index: usize, bundle: &Path) -> Result<Option<Export>, PlanError> {
+    let options = mount.options().as_deref().unwrap_or_default();
+    let has = |option: &str| options.iter().any(|other| other == option);
+    if !(mount.typ().as_deref() == Some("bind") || has("bind") || has("rbind")) {
+        return Ok(None);
+    }
+    let source = mount.source().as_ref().ok_or(PlanError::NoSource(index))?;
+    let path = bundle.join(source);
+    let (_, kind) = host::open_shared(&path).map_err(|error| PlanError::Source {
+        source_path: path.clone(),
+        destination: mount.destination().clone(),
+        reason: system_message(&error),
+    })?;
+    let special = |kind: FileKind| PlanError::Special { index, source_path: path.clone(), kind: kind.name() };
+    match kind {
+        FileKind::Directory | FileKind::Regular => {
+            let name = format!("mount-{index}");
+            let read_only = has("ro") || has("rro");
+            mount.set_source(Some(Path::new(SHARED).join(&name)));
+            Ok(Some(Export { name, path, read_only }))
+        }
+        FileKind::CharacterDevice(major, minor) => {
+            let standard = STANDARD_DEVICES.iter().find(|(a, b, _)| (*a, *b) == (major, minor));
+            let (_, _, in_guest) = standard.ok_or_else(|| special(kind))?;
+            mount.set_source(Some(in_guest.into()));
+            Ok(None)
+        }
+        other => Err(special(other)),
+    }
+}
+
+/// Takes out what would have a wrong meaning in the guest; each field is one that `config::honoured` warns about.
+fn strip(spec: &mut Spec) {
+    let Some(linux) = spec.linux_mut() else { return };
+    linux.set_cgroups_path(None);
+    linux.set_net_devices(None);
+    linux.set_intel_rdt(None);
+    linux.set_mount_label(None);
+    linux.set_memory_policy(None);
+    if let Some(namespaces) = linux.namespaces_mut() {
+        for namespace in namespaces {
+            namespace.set_path(None);
+        }
+    }
+    if let Some(resources) = linux.resources_mut() {
+        resources.set_block_io(None);
+        resources.set_network(None);
+        resources.set_rdma(None);
+        if let Some(cpu) = resources.cpu_mut() {
+            cpu.set_cpus(None);
+            cpu.set_mems(None);
+            cpu.set_realtime_runtime(None);
+            cpu.set_realtime_period(None);
+        }
+        if let Some(memory) = resources.memory_mut() {
+            memory.set_kernel(None);
+            memory.set_kernel_tcp(None);
+            memory.set_swappiness(None);
+            memory.set_disable_oom_killer(None);
+        }
+    }
+    for mount in spec.mounts_mut().iter_mut().flatten() {
+        mount.set_uid_mappings(None);
+        mount.set_gid_mappings(None);
+        let options = mount.options().clone().unwrap_or_default();
+        mount.set_options(Some(options.into_iter().filter(|o| o != "idmap" && o != "ridmap").collect()));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::net::UnixListener;
+
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn bundle(mounts: Value) -> (tempfile::TempDir, Bundle) {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir_all(dir.path().join("rootfs")).unwrap();
+        fs::create_dir_all(dir.path().join("data")).unwrap();
+        fs::write(dir.path().join("file"), "x").unwrap();
+        let config = json!({
+            "ociVersion": "1.2.0",
+            "process": { "user": { "uid": 0, "gid": 0 }, "args": ["sh"], "cwd": "/" },
+            "root": { "path": "rootfs" },
+            "mounts": mounts,
+            "linux": {
+                "namespaces": [{ "type": "network", "path": "/run/netns/x" }],
+                "resources": { "cpu": { "cpus": "7", "shares": 100 }, "blockIO": { "weight": 10 } },
+                "cgroupsPath": "/a/b",
+            },
+        });
+        fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        let bundle = Bundle::load(dir.path()).unwrap();
+        (dir, bundle)
+    }
+
+    fn plan(mounts: Value) -> (Plan, Value) {
+        let (_dir, bundle) = bundle(mounts);
+        let plan = Plan::new(&bundle, SizeOptions::default()).unwrap();
+        let spec = serde_json::from_slice(&plan.guest_spec).unwrap();
+        (plan, spec)
+    }
+
+    fn error(mounts: Value) -> String {
+        let (_dir, bundle) = bundle(mounts);
+        let text = Plan::new(&bundle, SizeOptions::default()).unwrap_err().to_string();
+        text.replace(bundle.path.to_str().unwrap(), "B")
+    }
+
+    #[test]
+    fn binds_become_exports_and_the_rest_is_the_guests() {
+        let (plan, spec) = plan(json!([
+            { "destination": "/proc", "type": "proc", "source": "proc" },
+            { "destination": "/data", "type": "bind", "source": "data", "options": ["rbind", "ro"] },
+            { "destination": "/file", "source": "file", "options": ["bind"] },
+            { "destination": "/dev/zero", "type": "none", "source": "/dev/zero", "options": ["bind"] },
+        ]));
+        let names: Vec<_> = plan.exports.iter().map(|e| (e.name.as_str(), e.read_only)).collect();
+        assert_eq!(names, [("rootfs", false), ("mount-1", true), ("mount-2", false)]);
+        assert!(plan.exports.iter().all(|export| export.path.is_absolute()));
+        assert_eq!(spec["root"]["path"], "/run/katavm/shared/rootfs");
+        let sources: Vec<_> = spec["mounts"].as_array().unwrap().iter().map(|m| m["source"].clone()).collect();
+        assert_eq!(sources, ["proc", "/run/katavm/shared/mount-1", "/run/katavm/shared/mount-2", "/dev/zero"]);
+        assert_eq!(spec["mounts"][1]["options"], json!(["rbind", "ro"]));
+    }
+
+    #[test]
+    fn what_means_the_host_is_taken_out() {
+        let (_, spec) = plan(json!([]));
+        assert_eq!(spec["linux"]["namespaces"], json!([{ "type": "network" }]));
+        assert_eq!(spec["linux"]["resources"]["cpu"], json!({ "shares": 100 }));
+        assert_eq!(spec["linux"]["resources"]["blockIO"], Value::Null);
+        assert_eq!(spec["linux"]["cgroupsPath"], Value::Null);
+    }
+
+    #[test]
+    fn sources_that_cannot_be_shared_are_named() {
+        assert_eq!(
+            error(json!([{ "destination": "/mnt", "type": "bind", "source": "gone" }])),
+            "error mounting \"B/gone\" to rootfs at \"/mnt\": stat B/gone: no such file or directory"
+        );
+        assert_eq!(error(json!([{ "destination": "/mnt", "type": "bind" }])), "mounts[0]: a bind mount needs a source");
+        let (dir, bundle) = bundle(json!([{ "destination": "/s", "type": "bind", "source": "socket" }]));
+        let _listener = UnixListener::bind(dir.path().join("socket")).unwrap();
+        let text = Plan::new(&bundle, SizeOptions::default()).unwrap_err().to_string();
+        assert!(text.contains("/socket\" is a socket of the host's kernel"), "{text}");
+        let text = error(json!([{ "destination": "/k", "type": "bind", "source": "/dev/kmsg" }]));
+        assert!(text.contains("\"/dev/kmsg\" is a character device"), "{text}");
+    }
+}

@@ -1,0 +1,338 @@
+//! What is known on disk about sandboxes: a directory per id below the state root, and who still lives.
+//!
+//! A sandbox process holds a lock (flock(2)) on its directory's `lock` file for as long as it lives: the lock,
+//! never a pid, tells whether an id is in use. All making and removing of directories happens under the
+//! root's own lock, so that nobody removes the directory that somebody else has just made.
+
+mod id;
+mod record;
+mod root;
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+pub use id::{Id, IdError};
+pub use record::{Record, Status};
+pub use root::default_root;
+
+const LOCK: &str = "lock";
+const RECORD: &str = "state.json";
+
+/// Why the state could not be kept.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// Somebody lives under this id.
+    #[error("container with id {0} is already in use")]
+    InUse(Id),
+    /// The root is not ours alone.
+    #[error(
+        "the state directory {0} belongs to somebody else or may be written by others: give another one with --root"
+    )]
+    Unsafe(PathBuf),
+    /// The system refused.
+    #[error("cannot {what} {path}: {error}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// What the system said.
+        error: io::Error,
+    },
+}
+
+fn failed(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StateError {
+    move |error| StateError::Io { what, path: path.into(), error }
+}
+
+/// The directory that holds a directory for each sandbox.
+#[derive(Clone, Debug)]
+pub struct StateRoot {
+    path: PathBuf,
+}
+
+impl StateRoot {
+    /// Opens `path`, making it (mode 0700) where it is missing.
+    ///
+    /// # Errors
+    /// When it cannot be made, or others could write in it.
+    pub fn open(path: PathBuf) -> Result<Self, StateError> {
+        root::make(&path)?;
+        Ok(Self { path })
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Takes an id for this process; what a dead process left under it is removed first.
+    ///
+    /// # Errors
+    /// [`StateError::InUse`] when a living process has it.
+    pub fn claim(&self, id: &Id) -> Result<StateDir, StateError> {
+        let _guard = self.lock()?;
+        let path = self.path.join(id.as_str());
+        if path.symlink_metadata().is_ok() {
+            match held_lock(&path) {
+                Held::ByLiving => return Err(StateError::InUse(id.clone())),
+                Held::ByNobody(_) => remove_dir(&path)?,
+            }
+        }
+        fs::create_dir(&path).map_err(failed("make", &path))?;
+        let lock_path = path.join(LOCK);
+        let lock = File::create_new(&lock_path).map_err(failed("make", &lock_path))?;
+        lock.try_lock().map_err(io::Error::from).map_err(failed("lock", &lock_path))?;
+        let key = key_of(&lock).map_err(failed("look at", &lock_path))?;
+        let remains = Remains { root: self.clone(), id: id.clone(), key };
+        Ok(StateDir { path, lock: Some(lock), remains })
+    }
+
+    /// Removes what dead processes left behind; the ids of it.
+    ///
+    /// # Errors
+    /// When the root cannot be read. What cannot be removed is passed over with a warning.
+    pub fn sweep(&self) -> Result<Vec<Id>, StateError> {
+        let stale = |guard: &File| -> io::Result<Vec<Id>> {
+            let _held = guard;
+            let mut swept = Vec::new();
+            for entry in fs::read_dir(&self.path)? {
+                let entry = entry?;
+                let Some(id) = entry.file_name().to_str().and_then(|name| name.parse::<Id>().ok()) else { continue };
+                if !entry.file_type()?.is_dir() {
+                    continue;
+                }
+                if let Held::ByNobody(_lock) = held_lock(&entry.path()) {
+                    match remove_dir(&entry.path()) {
+                        Ok(()) => swept.push(id),
+                        Err(error) => log::warn!("{error}"),
+                    }
+                }
+            }
+            Ok(swept)
+        };
+        let guard = self.lock()?;
+        stale(&guard).map_err(failed("read", &self.path))
+    }
+
+    /// Serialises everything that makes or removes directories.
+    fn lock(&self) -> Result<File, StateError> {
+        let path = self.path.join(".lock");
+        let open = || {
+            let file = File::options().create(true).append(true).open(&path)?;
+            file.lock()?;
+            Ok(file)
+        };
+        open().map_err(failed("lock", &path))
+    }
+}
+
+/// The directory of a living sandbox. Dropping it removes it.
+#[derive(Debug)]
+pub struct StateDir {
+    path: PathBuf,
+    lock: Option<File>,
+    remains: Remains,
+}
+
+impl StateDir {
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Writes the record, whole or not at all.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn write(&self, record: &Record) -> Result<(), StateError> {
+        let path = self.path.join(RECORD);
+        record.write(&path).map_err(failed("write", &path))
+    }
+
+    /// What another process needs to clean up after this one.
+    #[must_use]
+    pub fn remains(&self) -> Remains {
+        self.remains.clone()
+    }
+
+    /// In a forked child: gives up its share of the lock, and of the duty to remove the directory.
+    pub fn disown(mut self) {
+        self.lock = None;
+    }
+}
+
+impl Drop for StateDir {
+    fn drop(&mut self) {
+        // Removed while it is still locked, so that nobody takes it for a dead one's in between.
+        if self.lock.is_some()
+            && let Err(error) = self.remains.remove()
+        {
+            log::warn!("{error}");
+        }
+    }
+}
+
+/// Identifies one sandbox's directory, even if the id has been given to another one since.
+#[derive(Clone, Debug)]
+pub struct Remains {
+    root: StateRoot,
+    id: Id,
+    /// Device and inode of the lock file.
+    key: (u64, u64),
+}
+
+impl Remains {
+    /// Removes the directory once nobody holds its lock; one that is gone or was made anew is left alone.
+    ///
+    /// # Errors
+    /// When it cannot be removed.
+    pub fn clean_up(&self) -> Result<(), StateError> {
+        let _guard = self.root.lock()?;
+        let path = self.root.path.join(self.id.as_str());
+        match held_lock(&path) {
+            Held::ByNobody(Some(lock)) if key_of(&lock).is_ok_and(|key| key == self.key) => remove_dir(&path),
+            _ => Ok(()),
+        }
+    }
+
+    fn remove(&self) -> Result<(), StateError> {
+        let _guard = self.root.lock()?;
+        let path = self.root.path.join(self.id.as_str());
+        match File::open(path.join(LOCK)).and_then(|lock| key_of(&lock)) {
+            Ok(key) if key == self.key => remove_dir(&path),
+            _ => Ok(()),
+        }
+    }
+}
+
+enum Held {
+    ByLiving,
+    /// With the lock, if there is such a file.
+    ByNobody(Option<File>),
+}
+
+fn held_lock(directory: &Path) -> Held {
+    match File::open(directory.join(LOCK)) {
+        Ok(lock) => match lock.try_lock() {
+            Ok(()) => Held::ByNobody(Some(lock)),
+            Err(_) => Held::ByLiving,
+        },
+        // Under the root's lock: no living process is just about to make it.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Held::ByNobody(None),
+        Err(_) => Held::ByLiving,
+    }
+}
+
+fn key_of(file: &File) -> io::Result<(u64, u64)> {
+    let metadata = file.metadata()?;
+    Ok((metadata.dev(), metadata.ino()))
+}
+
+fn remove_dir(path: &Path) -> Result<(), StateError> {
+    fs::remove_dir_all(path).map_err(failed("remove", path))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    fn root() -> (tempfile::TempDir, StateRoot) {
+        let dir = tempfile::tempdir().unwrap();
+        let root = StateRoot::open(dir.path().join("root")).unwrap();
+        (dir, root)
+    }
+
+    fn id(text: &str) -> Id {
+        text.parse().unwrap()
+    }
+
+    /// Another process that holds the lock of `directory` until it is killed.
+    fn holder(directory: &Path) -> std::process::Child {
+        let mut child = Command::new("flock")
+            .arg("--exclusive")
+            .arg(directory.join(LOCK))
+            .args(["sh", "-c", "echo held; exec sleep 1000"])
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = [0; 5];
+        std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut line).unwrap();
+        child
+    }
+
+    #[test]
+    fn an_id_is_taken_once_and_free_again_after() {
+        let (_dir, root) = root();
+        let first = root.claim(&id("a")).unwrap();
+        assert!(matches!(root.claim(&id("a")), Err(StateError::InUse(_))));
+        root.claim(&id("b")).unwrap();
+        drop(first);
+        assert!(!root.path().join("a").exists());
+        root.claim(&id("a")).unwrap();
+    }
+
+    #[test]
+    fn only_what_the_dead_left_is_swept() {
+        let (_dir, root) = root();
+        for name in ["dead", "alive", "half"] {
+            fs::create_dir(root.path().join(name)).unwrap();
+        }
+        for name in ["dead", "alive"] {
+            fs::write(root.path().join(name).join(LOCK), "").unwrap();
+        }
+        let mut other = holder(&root.path().join("alive"));
+        let mut swept = root.sweep().unwrap();
+        swept.sort();
+        assert_eq!(swept, [id("dead"), id("half")]);
+        assert!(matches!(root.claim(&id("alive")), Err(StateError::InUse(_))));
+        // flock(1) has forked: both hold the lock.
+        let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", other.id())).unwrap();
+        for pid in children.split_ascii_whitespace() {
+            Command::new("kill").args(["-9", pid]).status().unwrap();
+        }
+        other.kill().unwrap();
+        other.wait().unwrap();
+        assert_eq!(root.sweep().unwrap(), [id("alive")]);
+        assert!(!root.path().join("alive").exists());
+    }
+
+    #[test]
+    fn remains_are_cleaned_up_only_if_they_are_the_same() {
+        let (_dir, root) = root();
+        let first = root.claim(&id("a")).unwrap();
+        let remains = first.remains();
+        remains.clean_up().unwrap();
+        assert!(first.path().exists(), "its owner lives");
+        first.disown();
+        let second = root.claim(&id("a")).unwrap();
+        remains.clean_up().unwrap();
+        assert!(second.path().exists());
+        let remains = second.remains();
+        let path = second.path().to_owned();
+        second.disown();
+        assert!(path.exists());
+        remains.clean_up().unwrap();
+        assert!(!path.exists());
+        remains.clean_up().unwrap();
+    }
+
+    #[test]
+    fn the_record_is_replaced_whole() {
+        let (_dir, root) = root();
+        let state = root.claim(&id("a")).unwrap();
+        let mut record = Record::new(&id("a"), Path::new("/bundle"));
+        state.write(&record).unwrap();
+        record.status = Status::Running;
+        state.write(&record).unwrap();
+        let text = fs::read_to_string(state.path().join(RECORD)).unwrap();
+        assert_eq!(serde_json::from_str::<Record>(&text).unwrap(), record);
+        assert_eq!(fs::read_dir(state.path()).unwrap().count(), 2);
+    }
+}

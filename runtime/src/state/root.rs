@@ -1,0 +1,69 @@
+//! Where the state root is, and that it is nobody else's.
+
+use std::env;
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use rustix::process::geteuid;
+
+use super::{StateError, failed};
+
+/// `/run/katavm` for root, `$XDG_RUNTIME_DIR/katavm` for others, `/tmp/katavm-UID` where that is not set.
+#[must_use]
+pub fn default_root() -> PathBuf {
+    choose(geteuid().as_raw(), env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from))
+}
+
+fn choose(uid: u32, runtime_dir: Option<PathBuf>) -> PathBuf {
+    match runtime_dir {
+        _ if uid == 0 => "/run/katavm".into(),
+        Some(dir) if dir.is_absolute() => dir.join("katavm"),
+        _ => format!("/tmp/katavm-{uid}").into(),
+    }
+}
+
+/// Makes the root where it is missing, and refuses one in which others could plant files.
+pub fn make(path: &Path) -> Result<(), StateError> {
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent).map_err(failed("make", parent))?;
+    }
+    match DirBuilder::new().mode(0o700).create(path) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        Err(error) => return Err(failed("make", path)(error)),
+    }
+    let metadata = path.symlink_metadata().map_err(failed("look at", path))?;
+    let ours = metadata.is_dir() && metadata.uid() == geteuid().as_raw() && metadata.mode() & 0o022 == 0;
+    if ours { Ok(()) } else { Err(StateError::Unsafe(path.into())) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn users_have_a_root_of_their_own() {
+        assert_eq!(choose(0, Some("/run/user/0".into())), Path::new("/run/katavm"));
+        assert_eq!(choose(1000, Some("/run/user/1000".into())), Path::new("/run/user/1000/katavm"));
+        assert_eq!(choose(1000, Some("relative".into())), Path::new("/tmp/katavm-1000"));
+        assert_eq!(choose(1000, None), Path::new("/tmp/katavm-1000"));
+    }
+
+    #[test]
+    fn a_root_that_others_may_write_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("deep/root");
+        make(&path).unwrap();
+        make(&path).unwrap();
+        assert_eq!(path.metadata().unwrap().mode() & 0o777, 0o700);
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o777)).unwrap();
+        assert!(matches!(make(&path), Err(StateError::Unsafe(_))));
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink("deep/root", &link).unwrap();
+        assert!(matches!(make(&link), Err(StateError::Unsafe(_))));
+    }
+}

@@ -1,0 +1,163 @@
+//! The watcher: a small second process that cleans up after the sandbox process, however that dies.
+//!
+//! It is forked before the sandbox process has threads or a virtual machine, so it shares nothing with them.
+//! It waits on a pidfd of the sandbox process; a byte on a pipe tells it that nothing is left to do.
+//! If it is killed itself, the sandbox process cleans up as always; if both are, the next `katavm` command does.
+
+use std::fs::File;
+use std::io::{self, PipeReader, PipeWriter, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::Pid;
+use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
+
+use crate::host;
+use crate::state::StateDir;
+
+/// How long an orderly end waits for the watcher, which has nothing left to do but end.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Why there is no watcher.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot start the watcher process: {0}")]
+pub struct WatcherError(#[from] io::Error);
+
+/// The sandbox process' end. Dropping it ends the watcher.
+pub struct Watcher {
+    pid: Pid,
+    pipe: PipeWriter,
+}
+
+/// Which process the caller is from now on.
+pub enum Role {
+    /// The sandbox process, with its state and its watcher.
+    Sandbox(StateDir, Watcher),
+    /// The watcher, whose work is done: return from `main`.
+    Watcher,
+}
+
+/// Forks the watcher. It returns in both processes: in the watcher's when the sandbox process has ended.
+///
+/// # Errors
+/// Those of pidfd_open(2), pipe2(2) and fork(2).
+pub fn start(state: StateDir) -> Result<Role, WatcherError> {
+    let sandbox = host::pidfd_of_self()?;
+    let (reader, writer) = io::pipe()?;
+    let terminal = Terminal::of_stdin();
+    match host::fork()? {
+        host::Fork::Parent(pid) => Ok(Role::Sandbox(state, Watcher { pid, pipe: writer })),
+        host::Fork::Child => {
+            drop(writer);
+            let remains = state.remains();
+            state.disown();
+            host::set_process_name(c"katavm-watcher");
+            host::ignore_all_signals();
+            detach(&[sandbox.as_fd(), reader.as_fd()], terminal.as_ref());
+            if watch(&sandbox, reader) == End::Unannounced {
+                if let Some(terminal) = terminal {
+                    terminal.restore();
+                }
+                // There is nobody to tell; the next command tries again.
+                let _ = remains.clean_up();
+            }
+            Ok(Role::Watcher)
+        }
+    }
+}
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        // One that was killed cannot be told; it needs not.
+        let _ = self.pipe.write_all(b"e");
+        if let Err(error) = host::kill_and_reap(self.pid, PATIENCE) {
+            log::debug!("the watcher: {error}");
+        }
+    }
+}
+
+#[derive(PartialEq, Eq)]
+enum End {
+    Announced,
+    Unannounced,
+}
+
+/// Lets go of everything that belongs to the sandbox process' user: session, directory, and all descriptors but these.
+fn detach(kept: &[BorrowedFd<'_>], terminal: Option<&Terminal>) {
+    // It leads no group yet, so this cannot fail; staying in the session would only mean more signals to ignore.
+    let _ = rustix::process::setsid();
+    let _ = rustix::process::chdir("/");
+    let mut keep: Vec<_> = kept.iter().map(AsRawFd::as_raw_fd).collect();
+    keep.extend(terminal.map(|terminal| terminal.fd.as_raw_fd()));
+    if let Ok(null) = File::options().read(true).write(true).open("/dev/null") {
+        let _ = rustix::stdio::dup2_stdin(&null);
+        let _ = rustix::stdio::dup2_stdout(&null);
+        let _ = rustix::stdio::dup2_stderr(&null);
+    }
+    keep.sort_unstable();
+    let mut first = 3;
+    for fd in keep {
+        close_range(first, fd - 1);
+        first = fd + 1;
+    }
+    close_range(first, i32::MAX);
+}
+
+fn close_range(first: i32, last: i32) {
+    if let (Ok(first), Ok(last)) = (libc::c_uint::try_from(first), libc::c_uint::try_from(last))
+        && first <= last
+    {
+        // SAFETY: no descriptor of the range is used again: this process only watches, and its Rust values that own
+        // descriptors are those it keeps. close_range(2) takes no pointer; where it is missing they stay open.
+        unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+    }
+}
+
+fn watch(sandbox: &OwnedFd, mut pipe: PipeReader) -> End {
+    let mut open = true;
+    loop {
+        let mut fds = vec![PollFd::new(sandbox, PollFlags::IN)];
+        if open {
+            fds.push(PollFd::new(&pipe, PollFlags::IN));
+        }
+        if poll(&mut fds, None).is_err() {
+            continue;
+        }
+        let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+        drop(fds);
+        // The announcement first: it was sent before the end.
+        if ready.get(1) == Some(&true) {
+            match pipe.read(&mut [0]) {
+                Ok(1) => return End::Announced,
+                _ => open = false,
+            }
+        } else if ready.first() == Some(&true) {
+            return End::Unannounced;
+        }
+    }
+}
+
+/// The terminal as it was before the sandbox process changed its mode.
+struct Terminal {
+    fd: OwnedFd,
+    mode: Termios,
+}
+
+impl Terminal {
+    fn of_stdin() -> Option<Self> {
+        let stdin = io::stdin();
+        if !isatty(&stdin) {
+            return None;
+        }
+        let mode = tcgetattr(&stdin).ok()?;
+        // Above the standard streams, which become /dev/null.
+        let fd = rustix::io::fcntl_dupfd_cloexec(&stdin, 3).ok()?;
+        Some(Self { fd, mode })
+    }
+
+    fn restore(self) {
+        // The terminal may be gone as well.
+        let _ = tcsetattr(&self.fd, OptionalActions::Now, &self.mode);
+    }
+}
