@@ -11,12 +11,11 @@ use katavm_protocol::agent::{
 };
 use katavm_protocol::agent_ttrpc::Agent;
 use katavm_protocol::reset::RESET_ORDERLY;
-use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 use ttrpc::Result;
 use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
-use crate::cgroup::{Cgroup, stats};
+use crate::cgroup::stats;
 use crate::container::Containers;
 use crate::error::Error;
 use crate::sandbox;
@@ -43,36 +42,6 @@ impl Service {
         done.map_err(|error| Error::io("cannot change the freezer's state", error))?;
         Ok(Empty::new())
     }
-}
-
-/// Sends a signal to each process of a container, all of which SIGKILL hits however fast they fork.
-fn signal_all(cgroup: &Cgroup, signal: u32) -> std::result::Result<(), Error> {
-    let failed = |error| Error::io("cannot signal the container", error);
-    if signal == libc::SIGKILL as u32 {
-        return cgroup.kill().map_err(failed);
-    }
-    for pid in cgroup.processes().map_err(failed)? {
-        let (Ok(pid), Ok(signal)) = (i32::try_from(pid), i32::try_from(signal)) else { continue };
-        // SAFETY: pidfd_open(2) takes no pointer.
-        let Ok(fd) = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) }) else { continue };
-        // SAFETY: pidfd_open just made this descriptor, and nothing else owns it.
-        let pidfd = unsafe { <std::os::fd::OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(fd as i32) };
-        // The pid may have been recycled before it was opened: only one that is (still) the container's is signalled.
-        if !cgroup.processes().map_err(failed)?.contains(&pid.unsigned_abs()) {
-            continue;
-        }
-        let fd = std::os::fd::AsRawFd::as_raw_fd(&pidfd);
-        // SAFETY: no siginfo is passed, the rest are numbers.
-        let sent = Errno::result(unsafe {
-            libc::syscall(libc::SYS_pidfd_send_signal, fd, signal, std::ptr::null::<libc::siginfo_t>(), 0)
-        });
-        match sent {
-            Err(Errno::EINVAL) => return Err(Error::Invalid(format!("there is no signal {signal}"))),
-            // One that has ended meanwhile needs none.
-            Ok(_) | Err(_) => {}
-        }
-    }
-    Ok(())
 }
 
 #[async_trait]
@@ -130,7 +99,11 @@ impl Agent for Service {
 
     async fn signal(&self, _: &TtrpcContext, request: SignalRequest) -> Result<Empty> {
         if request.all {
-            signal_all(&self.containers.cgroup(&request.container_id)?, request.signal)?;
+            let done = self.containers.cgroup(&request.container_id)?.signal(request.signal);
+            done.map_err(|error| match error.kind() {
+                std::io::ErrorKind::InvalidInput => Error::Invalid(format!("there is no signal {}", request.signal)),
+                _ => Error::io("cannot signal the container", error),
+            })?;
         } else {
             let process = self.containers.process(&request.container_id, &request.exec_id)?;
             process.signal(&self.containers.reaper, request.signal)?;

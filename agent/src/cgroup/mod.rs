@@ -6,10 +6,11 @@ pub mod stats;
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// The mount point of the cgroup tree.
@@ -53,6 +54,32 @@ impl Cgroup {
     /// Those of the write; that there is no such group is none.
     pub fn kill(&self) -> io::Result<()> {
         absent_is_ok(fs::write(self.path.join("cgroup.kill"), "1"))
+    }
+
+    /// Sends a signal to every process in it. SIGKILL is [`Self::kill`]; another may miss one that is forked meanwhile.
+    ///
+    /// # Errors
+    /// Those of the files; `InvalidInput` when there is no such signal.
+    pub fn signal(&self, signal: u32) -> io::Result<()> {
+        if signal == libc::SIGKILL as u32 {
+            return self.kill();
+        }
+        let signal = i32::try_from(signal).unwrap_or(-1);
+        for pid in self.processes()? {
+            let Ok(pidfd) = pidfd_open(pid) else { continue };
+            // The pid may have been recycled before it was opened: only one that is (still) in here is signalled.
+            if !self.processes()?.contains(&pid) {
+                continue;
+            }
+            let (fd, info) = (pidfd.as_raw_fd(), std::ptr::null::<libc::siginfo_t>());
+            // SAFETY: no siginfo is passed, the rest are numbers.
+            match Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, signal, info, 0) }) {
+                // One that has ended meanwhile needs none.
+                Ok(_) | Err(Errno::ESRCH) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
     }
 
     /// Freezes or thaws it, and waits until the kernel says that it is.
@@ -114,6 +141,13 @@ impl Cgroup {
             poll(&mut [PollFd::new(events.as_fd(), PollFlags::POLLPRI)], timeout)?;
         }
     }
+}
+
+fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
+    // SAFETY: pidfd_open(2) takes no pointer.
+    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
+    // SAFETY: pidfd_open just made this descriptor, and nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
 fn absent_is_ok(result: io::Result<()>) -> io::Result<()> {

@@ -45,24 +45,33 @@ struct Container {
 }
 
 /// Frees an id again unless what it was taken for was made.
-struct Claim<'a, K: FnMut()>(Option<K>, std::marker::PhantomData<&'a ()>);
+struct Claim<F: FnMut()>(Option<F>);
 
-impl<K: FnMut()> Claim<'_, K> {
-    fn new(free: K) -> Self {
-        Self(Some(free), std::marker::PhantomData)
-    }
-
+impl<F: FnMut()> Claim<F> {
     fn keep(mut self) {
         self.0 = None;
     }
 }
 
-impl<K: FnMut()> Drop for Claim<'_, K> {
+impl<F: FnMut()> Drop for Claim<F> {
     fn drop(&mut self) {
         if let Some(free) = &mut self.0 {
             free();
         }
     }
+}
+
+/// A process to be made, the container's first or a further one.
+struct Plan<'a> {
+    exec_id: &'a str,
+    process: &'a ProcessSpec,
+    stdio: &'a Stdio,
+    console: Option<ConsoleSocket>,
+    task: Task,
+    /// Where the helper is told what to do.
+    directory: &'a Path,
+    /// Where the process waits to be started.
+    notify: PathBuf,
 }
 
 impl Containers {
@@ -84,7 +93,7 @@ impl Containers {
             }
             std::collections::hash_map::Entry::Vacant(entry) => drop(entry.insert(Entry::BeingMade)),
         }
-        let claim = Claim::new(|| drop(self.lock().remove(&id)));
+        let claim = Claim(Some(|| drop(self.lock().remove(&id))));
         let cgroup = Cgroup::of(&id);
         let spec = spec::adapt(&request.spec, cgroup.path_in_tree())?;
         let directory = Directory::make(Path::new(super::DIR), &id)
@@ -121,7 +130,8 @@ impl Containers {
         let console = console_for(&process, directory)?;
         let task = CreateTask { id: container.id.clone(), console: console.as_ref().map(|c| c.path().to_owned()) };
         let notify = directory.join("state").join(&container.id);
-        self.make(container, "", &process, stdio, console, Task::Create(task), directory, notify).await
+        let task = Task::Create(task);
+        self.make(container, Plan { exec_id: "", process: &process, stdio, console, task, directory, notify }).await
     }
 
     /// Makes a further process, which waits to be started; its pid.
@@ -145,7 +155,7 @@ impl Containers {
             }
             std::collections::hash_map::Entry::Vacant(entry) => drop(entry.insert(None)),
         }
-        let claim = Claim::new(|| drop(crate::lock(&container.processes).remove(&exec_id)));
+        let claim = Claim(Some(|| drop(crate::lock(&container.processes).remove(&exec_id))));
         let directory = Directory::make(container.directory.path(), &format!("exec-{exec_id}"))
             .map_err(|error| Error::io(format_args!("cannot make the directory of {exec_id}"), error))?;
         let console = console_for(&process, directory.path())?;
@@ -156,26 +166,23 @@ impl Containers {
             process: process.clone(),
         };
         let stdio = request.stdio.unwrap_or_default();
-        let (path, notify) = (directory.path(), directory.path().to_owned());
-        let pid = self.make(&container, &exec_id, &process, &stdio, console, Task::Exec(Box::new(task)), path, notify);
-        let pid = pid.await?;
+        let plan = Plan {
+            exec_id: &exec_id,
+            process: &process,
+            stdio: &stdio,
+            console,
+            task: Task::Exec(Box::new(task)),
+            directory: directory.path(),
+            notify: directory.path().to_owned(),
+        };
+        let pid = self.make(&container, plan).await?;
         claim.keep();
         self.process(&container.id, &exec_id)?.keep_directory(directory);
         Ok(pid)
     }
 
-    #[allow(clippy::too_many_arguments)]
-    async fn make(
-        &self,
-        container: &Arc<Container>,
-        exec_id: &str,
-        process: &ProcessSpec,
-        stdio: &Stdio,
-        console: Option<ConsoleSocket>,
-        task: Task,
-        directory: &Path,
-        notify: PathBuf,
-    ) -> Result<u32, Error> {
+    async fn make(&self, container: &Arc<Container>, plan: Plan<'_>) -> Result<u32, Error> {
+        let Plan { exec_id, process, stdio, console, task, directory, notify } = plan;
         let (uid, gid) = spec::owner(&container.spec, process);
         let no_pipes = Stdio { rows: stdio.rows, columns: stdio.columns, ..Default::default() };
         let wanted = if console.is_some() { &no_pipes } else { stdio };
@@ -299,10 +306,10 @@ impl Entry {
 impl Container {
     fn process_ended(&self, exec_id: &str, process: &Process, ended: Ended, events: &Events) {
         // With a pid namespace of its own the kernel has done this; without one nobody else will.
-        if exec_id.is_empty() {
-            if let Err(error) = self.cgroup.kill() {
-                crate::error!("{}: cannot kill what the container left behind: {error}", self.id);
-            }
+        if exec_id.is_empty()
+            && let Err(error) = self.cgroup.kill()
+        {
+            crate::error!("{}: cannot kill what the container left behind: {error}", self.id);
         }
         let oom_killed = ended.status == 128 + libc::SIGKILL as u32 && self.cgroup.oom_kills() > 0;
         let exit = Exit { status: ended.status, at_ns: ended.at_ns, oom_killed, ..Default::default() };

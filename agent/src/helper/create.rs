@@ -42,11 +42,11 @@ fn prepare_cwd(directory: &Path) -> Result<(), Error> {
         return Err(Error::NotFound(format!("rootfs ({:?}) does not exist", root.path().display())));
     }
     cwd::note(process.cwd());
-    if !is_below_mount(&spec, process.cwd()) {
-        if let Err(error) = cwd::make(root.path(), process.cwd()) {
-            // Whether that matters shows when the process changes to it.
-            crate::debug!("cannot make {}: {error}", process.cwd().display());
-        }
+    if !is_below_mount(&spec, process.cwd())
+        && let Err(error) = cwd::make(root.path(), process.cwd())
+    {
+        // Whether that matters shows when the process changes to it.
+        crate::debug!("cannot make {}: {error}", process.cwd().display());
     }
     Ok(())
 }

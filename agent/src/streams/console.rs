@@ -45,11 +45,11 @@ impl ConsoleSocket {
         let flags = MsgFlags::MSG_CMSG_CLOEXEC;
         let message = recvmsg::<UnixAddr>(connection.as_raw_fd(), &mut parts, Some(&mut space), flags)?;
         for control in message.cmsgs()? {
-            if let ControlMessageOwned::ScmRights(fds) = control {
-                if let Some(fd) = fds.first() {
-                    // SAFETY: the kernel just installed this descriptor for us, and nothing else owns it.
-                    return Ok(unsafe { OwnedFd::from_raw_fd(*fd) });
-                }
+            if let ControlMessageOwned::ScmRights(fds) = control
+                && let Some(fd) = fds.first()
+            {
+                // SAFETY: the kernel just installed this descriptor for us, and nothing else owns it.
+                return Ok(unsafe { OwnedFd::from_raw_fd(*fd) });
             }
         }
         Err(io::Error::new(io::ErrorKind::InvalidData, "the helper sent no terminal"))

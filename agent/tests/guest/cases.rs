@@ -133,7 +133,7 @@ async fn isolation(agent: &Agent) {
     let outcome = agent.run("c1", &sh(script)).await;
     let lines: Vec<_> = outcome.stdout.lines().collect();
     assert_eq!(&lines[..2], ["1", "box"], "{outcome:?}");
-    assert!(!lines.contains(&"agent") && lines.contains(&"rootfs") == false && lines.contains(&"bin"), "{outcome:?}");
+    assert!(!lines.contains(&"agent") && !lines.contains(&"rootfs") && lines.contains(&"bin"), "{outcome:?}");
     assert!(outcome.stdout.contains("/run/katavm: No such file"), "{outcome:?}");
     assert!(lines.contains(&"sh") && lines.contains(&"0::/"), "{outcome:?}");
     // 0, 1, 2 and the one that ls reads the directory by.

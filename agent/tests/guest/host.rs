@@ -89,7 +89,9 @@ fn boot(kernel: &Path, initramfs: &Path, filter: &str) -> i32 {
 
 /// A cpio archive ("newc", Documentation/driver-api/early-userspace/buffer-format.rst).
 fn archive(busybox: &Path) -> Vec<u8> {
-    let agent = Path::new(env!("CARGO_BIN_EXE_katavm-agent"));
+    // Another build of the agent: the static one, say.
+    let named = env::var_os("KATAVM_TEST_AGENT").map(PathBuf::from);
+    let agent = &*named.unwrap_or_else(|| PathBuf::from(env!("CARGO_BIN_EXE_katavm-agent")));
     let test = env::current_exe().expect("this program");
     let mut cpio = Cpio::default();
     for folder in ["rootfs", "rootfs/bin", "rootfs/etc", "rootfs/proc", "rootfs/sys", "rootfs/dev", "rootfs/tmp"] {

@@ -6,6 +6,9 @@
 //!
 //! `KATAVM_TEST_KERNEL` names the kernel (bzImage or PVH ELF); else it is the guest image's.
 
+// A test program ends with a status.
+#![allow(clippy::exit)]
+
 mod cases;
 mod client;
 mod host;
