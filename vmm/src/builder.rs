@@ -1,19 +1,19 @@
 //! Building a microVM, step by step.
 
+use std::fs::File;
 use std::io;
 use std::sync::{Arc, Mutex};
 
 use katavm_devices::block::Block;
 use katavm_devices::fs::Fs;
-use katavm_devices::legacy::Serial;
+use katavm_devices::legacy::{Serial, SerialState};
 use katavm_devices::memory::GuestMemory;
 use katavm_devices::rng::Rng;
 use katavm_devices::virtio::Interrupt;
 use katavm_devices::virtio::mmio::{MmioTransport, NOTIFY_OFFSET, SharedDevice, WINDOW};
 use katavm_devices::virtio::queue::QueueError;
 use katavm_devices::vsock::Vsock;
-use kvm_ioctls::{IoEventAddress, Kvm, VmFd};
-use vm_memory::GuestAddress;
+use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::boot::{self, BootError, Window};
@@ -21,12 +21,14 @@ use crate::bus::Bus;
 use crate::config::MicrovmConfig;
 use crate::console::Console;
 use crate::control::{Control, Goal};
+use crate::device::{Device, lock};
 use crate::ending::Ending;
 use crate::event_loop::EventLoop;
 use crate::kvm::{self, KvmError, ioctl};
 use crate::layout::{MAX_DEVICES, MAX_VCPUS, MMIO_START, SERIAL_GSI, VIRTIO_GSI};
 use crate::memory::{self, MemoryError};
 use crate::microvm::Microvm;
+use crate::snapshot::{self, MicrovmState, SnapshotError, same};
 use crate::timeline::Timeline;
 use crate::vcpu::{self, Environment, VcpuThread, cpuid::Cpuid};
 
@@ -48,6 +50,9 @@ pub enum BuildError {
     /// An eventfd, epoll instance or thread.
     #[error("cannot get an eventfd, epoll instance or thread: {0}")]
     Resource(#[from] io::Error),
+    /// The state to build from.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     /// Too many or too few vCPUs.
     #[error("{0} vCPUs: it must be 1 to {MAX_VCPUS}")]
     Vcpus(u8),
@@ -56,51 +61,43 @@ pub enum BuildError {
     Devices(usize),
 }
 
-/// A device and the event loop that serves it.
-struct Slot {
-    device: SharedDevice,
-    /// Its requests block on the host's files: it gets a thread of its own.
-    blocking: bool,
-    name: &'static str,
-}
-
 /// Collects what a microVM is made of.
 pub struct MicrovmBuilder {
     config: MicrovmConfig,
-    slots: Vec<Slot>,
+    devices: Vec<Device>,
 }
 
 impl MicrovmBuilder {
     pub(crate) fn new(config: MicrovmConfig) -> Self {
-        Self { config, slots: Vec::new() }
+        Self { config, devices: Vec::new() }
     }
 
     /// Adds the socket device.
     #[must_use]
     pub fn vsock(self, vsock: Vsock) -> Self {
-        self.slot(Arc::new(Mutex::new(vsock)), false, "vsock")
+        self.device(Device::Vsock(Arc::new(Mutex::new(vsock))))
     }
 
     /// Adds a shared file system.
     #[must_use]
     pub fn fs(self, fs: Fs) -> Self {
-        self.slot(Arc::new(Mutex::new(fs)), true, "fs")
+        self.device(Device::Fs(Arc::new(Mutex::new(fs))))
     }
 
     /// Adds a disk.
     #[must_use]
     pub fn block(self, block: Block) -> Self {
-        self.slot(Arc::new(Mutex::new(block)), true, "block")
+        self.device(Device::Block(Arc::new(Mutex::new(block))))
     }
 
     /// Adds the entropy source.
     #[must_use]
     pub fn rng(self, rng: Rng) -> Self {
-        self.slot(Arc::new(Mutex::new(rng)), false, "rng")
+        self.device(Device::Rng(Arc::new(Mutex::new(rng))))
     }
 
-    fn slot(mut self, device: SharedDevice, blocking: bool, name: &'static str) -> Self {
-        self.slots.push(Slot { device, blocking, name });
+    fn device(mut self, device: Device) -> Self {
+        self.devices.push(device);
         self
     }
 
@@ -109,10 +106,48 @@ impl MicrovmBuilder {
     /// # Errors
     /// Any [`BuildError`]; nothing is left of the attempt.
     pub fn build(self) -> Result<Microvm, BuildError> {
+        let frame = self.frame(|mib| Ok(memory::create(mib)?), None)?;
+        let cmdline = boot::cmdline(&frame.windows, &self.config.cmdline);
+        let entry = boot::load(&frame.memory, &self.config, &cmdline)?;
+        vcpu::write_tables(&frame.memory).map_err(BootError::from)?;
+        let cpuid = Cpuid::supported(&frame.kvm)?;
+        let count = self.config.vcpus;
+        self.finish(frame, |index, vcpu| Ok(vcpu::set_up(vcpu, index, &cpuid.of(index, count), entry)?))
+    }
+
+    /// Builds the microVM as it was saved, with its RAM mapped privately from `memory`. The devices must
+    /// have been restored from their own states and added in the same order; kernel and initramfs are not used.
+    ///
+    /// # Errors
+    /// Any [`BuildError`]; nothing is left of the attempt.
+    pub fn build_from(self, state: &MicrovmState, memory: &File) -> Result<Microvm, BuildError> {
+        same("MiB of memory", state.memory_mib as usize, self.config.memory_mib as usize)?;
+        same("vCPUs", state.vcpus.len(), self.config.vcpus.into())?;
+        same("devices", state.transports.len(), self.devices.len())?;
+        let map = |mib| Ok(snapshot::map(mib, memory).map_err(SnapshotError::from)?);
+        let frame = self.frame(map, Some(&state.serial))?;
+        state.vm.restore(&frame.vm)?;
+        let transports = frame.environment.bus.transports().iter().zip(&state.transports);
+        for (index, (transport, saved)) in transports.enumerate() {
+            let mut transport = lock(transport);
+            transport.restore(saved).map_err(|error| SnapshotError::Device(index, error))?;
+            transport.interrupt().resend();
+        }
+        self.finish(frame, |index, vcpu| match state.vcpus.get(usize::from(index)) {
+            Some(saved) => Ok(saved.restore(vcpu)?),
+            None => Ok(()),
+        })
+    }
+
+    /// The machine without its vCPUs and threads.
+    fn frame(
+        &self,
+        memory: impl FnOnce(u32) -> Result<GuestMemory, BuildError>,
+        serial: Option<&SerialState>,
+    ) -> Result<Frame, BuildError> {
         self.check()?;
         let timeline = Arc::new(Timeline::default());
         let ending = Ending::new(Arc::clone(&timeline))?;
-        let control = Control::new(Goal::Pause);
         let console = Console::new(ending.clone());
 
         let kvm = kvm::open(&self.config.kvm)?;
@@ -120,61 +155,88 @@ impl MicrovmBuilder {
         timeline.mark_created();
 
         // Memory slots, then interrupt controllers, then eventfds: see `kvm::set_memory`.
-        let memory = memory::create(self.config.memory_mib)?;
+        let memory = memory(self.config.memory_mib)?;
         kvm::set_memory(&vm, &memory)?;
         kvm::create_irqchip(&vm)?;
-        let windows = windows(self.slots.len());
-        let bus = Arc::new(self.attach(&vm, &memory, &windows, console.clone())?);
-
-        let cmdline = boot::cmdline(&windows, &self.config.cmdline);
-        let entry = boot::load(&memory, &self.config, &cmdline)?;
-        vcpu::write_tables(&memory).map_err(BootError::from)?;
-
-        let loops = self.spawn_loops(&control, &ending)?;
-        let environment = Environment {
-            bus: Arc::clone(&bus),
-            control: control.clone(),
-            ending: ending.clone(),
-            console: console.clone(),
-            timeline: Arc::clone(&timeline),
+        let windows = windows(self.devices.len());
+        let transports = self.attach(&vm, &memory, &windows)?;
+        let line = line(&vm, SERIAL_GSI)?;
+        let serial = match serial {
+            Some(state) => Serial::restore(state, line, console.clone()).map_err(SnapshotError::from)?,
+            None => Serial::new(line, console.clone()),
         };
-        let vcpus = spawn_vcpus(&kvm, &vm, self.config.vcpus, entry, &environment)?;
-        Ok(Microvm { vcpus, loops, environment, vm, memory })
+        let bus = Arc::new(Bus::new(transports, serial));
+        let environment = Environment { bus, control: Control::new(Goal::Pause), ending, console, timeline };
+        Ok(Frame { kvm, vm, memory, windows, environment })
+    }
+
+    /// Adds vCPUs, each set up by `set_up`, and the threads.
+    fn finish(
+        self,
+        frame: Frame,
+        set_up: impl Fn(u8, &VcpuFd) -> Result<(), BuildError>,
+    ) -> Result<Microvm, BuildError> {
+        let Frame { kvm, vm, memory, environment, .. } = frame;
+        let loops = self.spawn_loops(&environment)?;
+        let mut vcpus = Vec::with_capacity(self.config.vcpus.into());
+        for index in 0..self.config.vcpus {
+            let vcpu = vm.create_vcpu(index.into()).map_err(ioctl("KVM_CREATE_VCPU"))?;
+            set_up(index, &vcpu)?;
+            vcpus.push(VcpuThread::spawn(index, vcpu, &environment)?);
+        }
+        let memory_mib = self.config.memory_mib;
+        Ok(Microvm { vcpus, loops, environment, devices: self.devices, kvm, vm, memory, memory_mib })
     }
 
     fn check(&self) -> Result<(), BuildError> {
         if !(1..=MAX_VCPUS).contains(&self.config.vcpus) {
             return Err(BuildError::Vcpus(self.config.vcpus));
         }
-        if self.slots.len() > MAX_DEVICES {
-            return Err(BuildError::Devices(self.slots.len()));
+        if self.devices.len() > MAX_DEVICES {
+            return Err(BuildError::Devices(self.devices.len()));
         }
         Ok(())
     }
 
     /// Gives every device its window, its interrupt line and its kicks.
-    fn attach(&self, vm: &VmFd, memory: &GuestMemory, windows: &[Window], console: Console) -> Result<Bus, BuildError> {
-        let mut transports = Vec::with_capacity(self.slots.len());
-        for (slot, window) in self.slots.iter().zip(windows) {
+    fn attach(
+        &self,
+        vm: &VmFd,
+        memory: &GuestMemory,
+        windows: &[Window],
+    ) -> Result<Vec<Arc<Mutex<MmioTransport>>>, BuildError> {
+        let mut transports = Vec::with_capacity(self.devices.len());
+        for (device, window) in self.devices.iter().zip(windows) {
+            let device = device.shared();
             let interrupt = Interrupt::new(line(vm, window.gsi)?);
-            register_kicks(vm, &slot.device, window)?;
-            let transport = MmioTransport::new(Arc::clone(&slot.device), memory.clone(), interrupt)?;
+            register_kicks(vm, &device, window)?;
+            let transport = MmioTransport::new(device, memory.clone(), interrupt)?;
             transports.push(Arc::new(Mutex::new(transport)));
         }
-        let serial = Serial::new(line(vm, SERIAL_GSI)?, console);
-        Ok(Bus::new(transports, serial))
+        Ok(transports)
     }
 
     /// One loop for all devices that never block, and one for each that does.
-    fn spawn_loops(&self, control: &Control, ending: &Ending) -> Result<Vec<EventLoop>, BuildError> {
-        let device = |slot: &Slot| Arc::clone(&slot.device);
-        let quick = self.slots.iter().filter(|slot| !slot.blocking).map(device).collect();
+    fn spawn_loops(&self, environment: &Environment) -> Result<Vec<EventLoop>, BuildError> {
+        let Environment { control, ending, .. } = environment;
+        let quick = self.devices.iter().filter(|device| device.thread().is_none()).map(Device::shared).collect();
         let mut loops = vec![EventLoop::spawn("devices", quick, control, ending)?];
-        for slot in self.slots.iter().filter(|slot| slot.blocking) {
-            loops.push(EventLoop::spawn(slot.name, vec![device(slot)], control, ending)?);
+        for device in &self.devices {
+            if let Some(name) = device.thread() {
+                loops.push(EventLoop::spawn(name, vec![device.shared()], control, ending)?);
+            }
         }
         Ok(loops)
     }
+}
+
+/// A machine in the making.
+struct Frame {
+    kvm: Kvm,
+    vm: VmFd,
+    memory: GuestMemory,
+    windows: Vec<Window>,
+    environment: Environment,
 }
 
 fn windows(count: usize) -> Vec<Window> {
@@ -191,27 +253,10 @@ fn line(vm: &VmFd, gsi: u32) -> Result<EventFd, BuildError> {
 
 /// A write of a queue's number to `QueueNotify` wakes the device's event loop without leaving the kernel.
 fn register_kicks(vm: &VmFd, device: &SharedDevice, window: &Window) -> Result<(), BuildError> {
-    let device = device.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let device = lock(device);
     let address = IoEventAddress::Mmio(window.address + NOTIFY_OFFSET);
     for (kick, index) in device.queues().kicks().iter().zip(0_u32..) {
         vm.register_ioevent(kick, &address, index).map_err(ioctl("KVM_IOEVENTFD"))?;
     }
     Ok(())
-}
-
-fn spawn_vcpus(
-    kvm: &Kvm,
-    vm: &VmFd,
-    count: u8,
-    entry: GuestAddress,
-    environment: &Environment,
-) -> Result<Vec<VcpuThread>, BuildError> {
-    let cpuid = Cpuid::supported(kvm)?;
-    let mut threads = Vec::with_capacity(count.into());
-    for index in 0..count {
-        let vcpu = vm.create_vcpu(index.into()).map_err(ioctl("KVM_CREATE_VCPU"))?;
-        vcpu::set_up(&vcpu, index, &cpuid.of(index, count), entry)?;
-        threads.push(VcpuThread::spawn(index, vcpu, environment)?);
-    }
-    Ok(threads)
 }

@@ -38,7 +38,7 @@ pub fn create(mib: u32) -> Result<GuestMemory, MemoryError> {
 }
 
 /// Guest RAM is in no child process and in no core dump of ours.
-fn keep_private(memory: &GuestMemory) -> Result<(), MemoryError> {
+pub fn keep_private(memory: &GuestMemory) -> Result<(), MemoryError> {
     for region in memory.iter() {
         for advice in [libc::MADV_DONTFORK, libc::MADV_DONTDUMP] {
             // SAFETY: the range is this mapping's own; neither advice changes what the memory holds.

@@ -1,15 +1,21 @@
 //! A microVM that was built: starting, pausing, stopping and watching it.
 
+use std::fs::File;
+use std::os::fd::OwnedFd;
+
 use katavm_devices::memory::GuestMemory;
-use kvm_ioctls::VmFd;
+use katavm_devices::vsock::ConnectionId;
+use kvm_ioctls::{Kvm, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::builder::MicrovmBuilder;
 use crate::config::MicrovmConfig;
 use crate::console::Console;
 use crate::control::Goal;
+use crate::device::{Device, lock};
 use crate::ending::ExitReason;
 use crate::event_loop::EventLoop;
+use crate::snapshot::{self, MicrovmState, SnapshotError, VcpuState, VmState};
 use crate::timeline::Timeline;
 use crate::vcpu::{Environment, VcpuThread};
 
@@ -27,10 +33,11 @@ pub struct Microvm {
     pub(crate) vcpus: Vec<VcpuThread>,
     pub(crate) loops: Vec<EventLoop>,
     pub(crate) environment: Environment,
-    #[expect(dead_code, reason = "the VM lives as long as its descriptor")]
+    pub(crate) devices: Vec<Device>,
+    pub(crate) kvm: Kvm,
     pub(crate) vm: VmFd,
-    #[expect(dead_code, reason = "KVM's memory slots point into it")]
     pub(crate) memory: GuestMemory,
+    pub(crate) memory_mib: u32,
 }
 
 impl Microvm {
@@ -80,7 +87,66 @@ impl Microvm {
     pub fn wait(&self) -> ExitReason {
         let reason = self.environment.ending.wait();
         self.set(Goal::Stop);
+        // What the guest sent before it ended reaches the host's streams, too.
+        for device in &self.devices {
+            if let Device::Vsock(vsock) = device {
+                lock(vsock).settle();
+            }
+        }
         reason
+    }
+
+    /// The state of the paused machine, RAM apart.
+    ///
+    /// # Errors
+    /// When it runs or has ended, or when KVM refuses.
+    pub fn save(&self) -> Result<MicrovmState, SnapshotError> {
+        self.paused()?;
+        let mut vcpus = Vec::with_capacity(self.vcpus.len());
+        for thread in &self.vcpus {
+            vcpus.push(VcpuState::save(&self.kvm, &lock(thread.vcpu()))?);
+        }
+        let bus = &self.environment.bus;
+        Ok(MicrovmState {
+            memory_mib: self.memory_mib,
+            vcpus,
+            vm: VmState::save(&self.vm)?,
+            transports: bus.transports().iter().map(|transport| lock(transport).save()).collect(),
+            devices: self.devices.iter().map(Device::save).collect(),
+            serial: bus.serial().save(),
+        })
+    }
+
+    /// Writes the RAM of the paused machine to `file`.
+    ///
+    /// # Errors
+    /// When it runs or has ended, or of the file.
+    pub fn save_memory(&self, file: &mut File) -> Result<(), SnapshotError> {
+        self.paused()?;
+        Ok(snapshot::write(&self.memory, file)?)
+    }
+
+    /// Takes the host's ends of all streams out of the paused machine, which is of no use after: see `Vsock::detach`.
+    ///
+    /// # Errors
+    /// When it runs or has ended.
+    pub fn detach_streams(&self) -> Result<Vec<(ConnectionId, OwnedFd)>, SnapshotError> {
+        self.paused()?;
+        let mut streams = Vec::new();
+        for device in &self.devices {
+            if let Device::Vsock(vsock) = device {
+                streams.extend(lock(vsock).detach());
+            }
+        }
+        Ok(streams)
+    }
+
+    fn paused(&self) -> Result<(), SnapshotError> {
+        match self.exit_reason() {
+            Some(reason) => Err(SnapshotError::Ended(reason)),
+            None if self.environment.control.goal() == Goal::Pause => Ok(()),
+            None => Err(SnapshotError::Running),
+        }
     }
 
     /// Why it ended, if it has.

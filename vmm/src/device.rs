@@ -1,0 +1,56 @@
+//! The devices of a machine, by their kinds.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use katavm_devices::block::Block;
+use katavm_devices::fs::Fs;
+use katavm_devices::rng::Rng;
+use katavm_devices::virtio::mmio::SharedDevice;
+use katavm_devices::vsock::Vsock;
+
+use crate::snapshot::DeviceState;
+
+/// One virtio device.
+#[derive(Clone)]
+pub enum Device {
+    Vsock(Arc<Mutex<Vsock>>),
+    Fs(Arc<Mutex<Fs>>),
+    Block(Arc<Mutex<Block>>),
+    Rng(Arc<Mutex<Rng>>),
+}
+
+impl Device {
+    /// As transport and event loop see it.
+    pub fn shared(&self) -> SharedDevice {
+        match self {
+            Self::Vsock(device) => Arc::clone(device) as SharedDevice,
+            Self::Fs(device) => Arc::clone(device) as SharedDevice,
+            Self::Block(device) => Arc::clone(device) as SharedDevice,
+            Self::Rng(device) => Arc::clone(device) as SharedDevice,
+        }
+    }
+
+    /// The name of its own thread, if its requests block on the host's files.
+    pub fn thread(&self) -> Option<&'static str> {
+        match self {
+            Self::Fs(_) => Some("fs"),
+            Self::Block(_) => Some("block"),
+            Self::Vsock(_) | Self::Rng(_) => None,
+        }
+    }
+
+    /// The state for a snapshot; the event loops must be parked.
+    pub fn save(&self) -> DeviceState {
+        match self {
+            Self::Vsock(device) => DeviceState::Vsock(lock(device).save()),
+            Self::Fs(device) => DeviceState::Fs(lock(device).save()),
+            Self::Block(device) => DeviceState::Block(lock(device).save()),
+            Self::Rng(device) => DeviceState::Rng(lock(device).save()),
+        }
+    }
+}
+
+/// A device that another thread may have panicked with; its state is checked, not trusted.
+pub fn lock<T: ?Sized>(device: &Mutex<T>) -> MutexGuard<'_, T> {
+    device.lock().unwrap_or_else(PoisonError::into_inner)
+}
