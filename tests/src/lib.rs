@@ -1,4 +1,5 @@
 //! The lab in which katavm is tried, and what the end-to-end tests and benchmarks share.
 
+pub mod bench;
 pub mod e2e;
 pub mod lab;

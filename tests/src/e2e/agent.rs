@@ -23,7 +23,7 @@ pub const CASES: (&str, &[Row]) = (
 );
 
 /// A root file system of busybox.
-fn rootfs(context: &Context) -> Result<PathBuf> {
+pub(super) fn rootfs(context: &Context) -> Result<PathBuf> {
     let root = context.scratch().join("rootfs");
     for folder in ["bin", "dev", "proc", "sys", "tmp", "etc"] {
         fs::create_dir_all(root.join(folder))?;

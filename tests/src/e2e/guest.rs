@@ -26,7 +26,7 @@ use super::Context;
 /// How long the agent may take to be ready, emulated and on a busy machine.
 const LIMIT: Duration = Duration::from_secs(120);
 /// The guest's context identifier.
-const CID: u64 = 3;
+pub(super) const CID: u64 = 3;
 
 /// A running guest with its agent.
 pub struct Guest {
@@ -40,7 +40,7 @@ pub struct Guest {
     pub ready: Ready,
     /// The agent.
     pub agent: AgentClient,
-    runtime: Runtime,
+    pub(super) runtime: Runtime,
 }
 
 /// What a container process did.
@@ -131,7 +131,7 @@ impl Guest {
         let stdout = self.stream(id, StreamKind::STREAM_KIND_STDOUT)?;
         let request = ContainerRequest { container_id: id.into(), ..Default::default() };
         self.ask(self.agent.start_container(Self::soon(), &request))?;
-        Ok(Running { id: id.into(), stdout })
+        Ok(Running { id: id.into(), stdout, read: Vec::new() })
     }
 
     fn stream(&self, id: &str, kind: StreamKind) -> Result<UnixStream> {
@@ -159,15 +159,39 @@ impl Guest {
 pub struct Running {
     id: String,
     stdout: UnixStream,
+    read: Vec<u8>,
 }
 
 impl Running {
+    /// Reads output until it has `words`.
+    ///
+    /// # Errors
+    /// When it ends before.
+    pub fn read_until(&mut self, words: &[u8]) -> Result<()> {
+        while !self.read.windows(words.len()).any(|part| part == words) {
+            self.read_more()?;
+        }
+        Ok(())
+    }
+
+    /// Waits for some more output.
+    ///
+    /// # Errors
+    /// When it ends before.
+    pub fn read_more(&mut self) -> Result<()> {
+        let mut bytes = [0; 4096];
+        let len = self.stdout.read(&mut bytes)?;
+        ensure!(len > 0, "the output ended: {}", String::from_utf8_lossy(&self.read));
+        self.read.extend_from_slice(&bytes[..len]);
+        Ok(())
+    }
+
     /// Reads its output to the end and waits for its exit.
     ///
     /// # Errors
     /// When the connection breaks.
     pub fn wait(mut self, guest: &Guest) -> Result<(Vec<u8>, Exit)> {
-        let mut stdout = Vec::new();
+        let mut stdout = self.read;
         self.stdout.read_to_end(&mut stdout)?;
         self.stdout.shutdown(Shutdown::Both).ok();
         let request = ProcessRequest { container_id: self.id, ..Default::default() };

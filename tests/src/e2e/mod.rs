@@ -8,10 +8,12 @@ mod boot;
 mod context;
 mod guest;
 mod report;
+mod snapshot;
 
 use anyhow::Result;
 
 pub use context::Context;
+pub use guest::Guest;
 pub use report::run;
 
 /// What a case that did not fail says.
@@ -36,7 +38,7 @@ pub struct Case {
 #[must_use]
 pub fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
-    for (group, rows) in [boot::CASES, agent::CASES] {
+    for (group, rows) in [boot::CASES, agent::CASES, snapshot::CASES] {
         cases.extend(rows.iter().map(|(name, check)| Case { group, name, check: *check }));
     }
     cases

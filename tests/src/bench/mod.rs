@@ -1,0 +1,7 @@
+//! Benchmarks with peers beside us in the same run. They count in the counting lab's time, 1 ns per instruction.
+
+pub mod boot;
+mod measure;
+mod monitor;
+
+pub use monitor::boot_one;
