@@ -166,6 +166,7 @@ pub(super) fn read_ended(entry: &mut Entry, outcome: &io::Result<usize>) {
             if outcome.is_err() {
                 entry.connection.host_stopped_reading();
             }
+            hang_up(entry);
         }
     }
 }
@@ -184,11 +185,20 @@ fn hang_up(entry: &mut Entry) {
 fn pass_on_ends(entry: &mut Entry) {
     let Some(socket) = &entry.socket else { return };
     let connection = &entry.connection;
-    let over = connection.phase != Phase::Open && connection.phase != Phase::Connecting;
-    if over || connection.guest.contains(Shutdown::RECEIVE) {
+    let mut ends = connection.guest;
+    if connection.phase == Phase::Resetting || connection.phase == Phase::Lingering {
+        ends |= Shutdown::RECEIVE;
+    }
+    if !connection.pending.is_empty() {
+        ends -= Shutdown::SEND;
+    }
+    // Once each: every shutdown(2) is an event for our own end, so repeating it would never come to rest.
+    let new = ends - entry.shut;
+    entry.shut |= new;
+    if new.contains(Shutdown::RECEIVE) {
         socket.shutdown(Half::Read);
     }
-    if connection.guest.contains(Shutdown::SEND) && connection.pending.is_empty() {
+    if new.contains(Shutdown::SEND) {
         socket.shutdown(Half::Write);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use super::connection::{Connection, ConnectionKey};
+use super::connection::{Connection, ConnectionKey, Shutdown};
 use super::socket::Socket;
 
 /// More connections than this are refused, lingering ones included.
@@ -24,6 +24,8 @@ pub(super) struct Entry {
     pub writable: bool,
     /// The host end is closed in both directions.
     pub hung_up: bool,
+    /// The halves of the socket that are shut down, in the guest's terms.
+    pub shut: Shutdown,
     /// The call of the host that waits for the guest's answer.
     pub call: Option<u64>,
     queued: bool,
@@ -111,7 +113,16 @@ impl Table {
             self.by_key.insert(connection.key, id);
         }
         // A new socket has room; whether it has bytes, its first event tells.
-        let entry = Entry { connection, socket, readable: false, writable: true, hung_up: false, call, queued: false };
+        let entry = Entry {
+            connection,
+            socket,
+            readable: false,
+            writable: true,
+            hung_up: false,
+            shut: Shutdown::empty(),
+            call,
+            queued: false,
+        };
         self.entries.insert(id, entry);
     }
 
