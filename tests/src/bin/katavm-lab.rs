@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
 use katavm_guest_image::support::step::say;
-use katavm_tests::lab::{self, Job, Lab, Machine, Outcome, Places, RawMode, Streams, direct};
+use katavm_tests::lab::{self, Access, Job, Lab, Machine, Outcome, Places, RawMode, Streams, direct};
 
 /// Run commands in a disposable Debian machine with nested virtualization.
 #[derive(Parser)]
@@ -68,6 +68,12 @@ struct Options {
     /// Show another folder, read-only, at its own path.
     #[arg(long, value_name = "DIR")]
     share: Vec<PathBuf>,
+    /// The same, and what is written there is forgotten at the end.
+    #[arg(long, value_name = "DIR")]
+    scratch: Vec<PathBuf>,
+    /// The same, and what is written there is written outside.
+    #[arg(long, value_name = "DIR")]
+    writable: Vec<PathBuf>,
     /// Set a variable of the command's environment.
     #[arg(long, value_name = "NAME=VALUE")]
     env: Vec<String>,
@@ -122,8 +128,13 @@ fn act(action: Action) -> Result<ExitCode> {
 impl Options {
     fn places(&self) -> Result<Places> {
         let mut places = Places::find(self.bin_dir.clone())?;
-        for folder in &self.share {
-            places.extra.push(folder.canonicalize().with_context(|| format!("cannot share {}", folder.display()))?);
+        let lists =
+            [(&self.share, Access::ReadOnly), (&self.scratch, Access::Scratch), (&self.writable, Access::Writable)];
+        for (folders, access) in lists {
+            for folder in folders {
+                let path = folder.canonicalize().with_context(|| format!("cannot share {}", folder.display()))?;
+                places.extra.push((path, access));
+            }
         }
         Ok(places)
     }

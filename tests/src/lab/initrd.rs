@@ -6,10 +6,10 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use katavm_guest_image::cpio::Archive;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::artefacts::Artefacts;
-use super::cpio::Archive;
 use super::job::Job;
 
 /// Where the job is in the initial RAM disk.
@@ -17,20 +17,23 @@ pub const JOB: &str = "/job.json";
 /// Where the modules are, sorted by name into the order of loading.
 pub const MODULES: &str = "/modules";
 
+const LOADER: &str = "ld-linux-x86-64.so.2";
+
 /// Makes it in memory: nothing is left behind, however this process ends.
 pub fn make(artefacts: &Artefacts, program: &Path, job: &Job) -> Result<OwnedFd> {
-    let mut archive = Archive::default();
-    for folder in ["dev", "proc", "sys", "lower", "upper", "new", "modules", "lib64"] {
-        archive.folder(folder);
+    let mut archive = Archive::new();
+    for folder in ["modules", "lib", "lib64"] {
+        archive.directory(folder, 0o755)?;
     }
-    archive.link("lib", "lib64");
-    archive.file("init", 0o755, &read(program)?);
-    archive.file("job.json", 0o644, &serde_json::to_vec(job)?);
-    for (folder, target) in [(artefacts.modules(), "modules"), (artefacts.libraries(), "lib64")] {
+    archive.file("init", 0o755, &read(program)?)?;
+    archive.file("job.json", 0o644, &serde_json::to_vec(job)?)?;
+    for (folder, target) in [(artefacts.modules(), "modules"), (artefacts.libraries(), "lib")] {
         for entry in fs::read_dir(&folder).with_context(|| format!("cannot list {}", folder.display()))? {
             let path = entry?.path();
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
-            archive.file(&format!("{target}/{name}"), 0o755, &read(&path)?);
+            let name = path.file_name().unwrap_or_default();
+            // The loader's place is fixed by the ABI and named in the program itself.
+            let target = if name == LOADER { "lib64" } else { target };
+            archive.file(Path::new(target).join(name), 0o755, &read(&path)?)?;
         }
     }
     // Inherited by QEMU, so without close-on-exec.

@@ -11,7 +11,19 @@ pub struct Share {
     /// Its path, outside and inside.
     pub path: PathBuf,
     /// Whether the lab may write to it.
-    pub writable: bool,
+    pub access: Access,
+}
+
+/// What the lab may do with a folder from outside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Access {
+    /// Read it.
+    ReadOnly,
+    /// Write as well, into memory: forgotten with the machine.
+    Scratch,
+    /// Write to it.
+    Writable,
 }
 
 /// A command and its surroundings; this is also what travels into the lab.
@@ -40,11 +52,11 @@ impl Job {
         self.env.push((name.into(), value.into()));
     }
 
-    /// Shows another folder, unless one of the shown folders holds it already and may be written to as well.
-    pub fn share(&mut self, path: &Path, writable: bool) {
-        let covered = self.shares.iter().any(|share| path.starts_with(&share.path) && share.writable >= writable);
+    /// Shows another folder, unless one of the shown folders holds it already with at least this access.
+    pub fn share(&mut self, path: &Path, access: Access) {
+        let covered = self.shares.iter().any(|share| path.starts_with(&share.path) && share.access >= access);
         if !covered {
-            self.shares.push(Share { path: path.into(), writable });
+            self.shares.push(Share { path: path.into(), access });
             self.shares.sort_by_key(|share| share.path.components().count());
         }
     }
@@ -90,9 +102,9 @@ mod tests {
     #[test]
     fn outer_shares_come_first_and_cover_inner_ones() {
         let mut job = job();
-        job.share(Path::new("/src/out"), true);
-        job.share(Path::new("/src"), false);
-        job.share(Path::new("/src/target/lab"), false);
+        job.share(Path::new("/src/out"), Access::Writable);
+        job.share(Path::new("/src"), Access::ReadOnly);
+        job.share(Path::new("/src/target/lab"), Access::ReadOnly);
         let paths: Vec<_> = job.shares.iter().map(|share| share.path.to_str().unwrap_or_default()).collect();
         assert_eq!(paths, ["/src", "/src/out"]);
     }
@@ -100,8 +112,8 @@ mod tests {
     #[test]
     fn a_read_only_share_does_not_cover_a_writable_one() {
         let mut job = job();
-        job.share(Path::new("/src"), false);
-        job.share(Path::new("/src/out"), true);
+        job.share(Path::new("/src"), Access::ReadOnly);
+        job.share(Path::new("/src/out"), Access::Writable);
         assert_eq!(job.shares.len(), 2);
     }
 

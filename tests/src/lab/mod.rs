@@ -4,7 +4,6 @@
 //! [`Job`] and gives its [`Outcome`]. The machine's PID 1 is the same program that started it (see [`guest`]).
 
 mod artefacts;
-mod cpio;
 pub mod direct;
 pub mod guest;
 mod initrd;
@@ -17,7 +16,7 @@ mod terminal;
 pub mod wire;
 
 pub use artefacts::Artefacts;
-pub use job::{Job, Machine, Share};
+pub use job::{Access, Job, Machine, Share};
 pub use places::Places;
 pub use session::{Failure, Outcome};
 pub use streams::Streams;

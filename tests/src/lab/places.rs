@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use katavm_guest_image::support::cache;
 
-use super::job::Job;
+use super::job::{Access, Job};
 
 /// Variables that go into the lab besides every `KATAVM_*`.
 const PASSED: [&str; 6] = ["TERM", "COLORTERM", "NO_COLOR", "RUST_LOG", "RUST_BACKTRACE", "FIRECRACKER"];
@@ -19,12 +19,12 @@ pub struct Places {
     pub checkout: PathBuf,
     /// The folder of `katavm` and the shim, first in the search path.
     pub bin_dir: PathBuf,
-    /// The cache of built artefacts, read-only inside.
+    /// The cache of built artefacts; what is written there inside is forgotten.
     pub cache: PathBuf,
     /// `$KATAVM_OUT`: what is written here comes back.
     pub out: PathBuf,
-    /// More folders to show, read-only.
-    pub extra: Vec<PathBuf>,
+    /// More folders to show.
+    pub extra: Vec<(PathBuf, Access)>,
 }
 
 impl Places {
@@ -60,10 +60,13 @@ impl Places {
             systemd: false,
             heartbeat: true,
         };
-        for path in [&self.checkout, &self.bin_dir, &self.cache].into_iter().chain(&self.extra) {
-            job.share(path, false);
+        job.share(&self.checkout, Access::ReadOnly);
+        job.share(&self.bin_dir, Access::ReadOnly);
+        job.share(&self.cache, Access::Scratch);
+        job.share(&self.out, Access::Writable);
+        for (path, access) in &self.extra {
+            job.share(path, *access);
         }
-        job.share(&self.out, true);
         for (name, value) in self.environment() {
             job.set_env(&name, &value);
         }

@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
 use super::artefacts::Artefacts;
-use super::job::{Job, Machine};
+use super::job::{Access, Job, Machine};
 use super::wire::PORTS;
 
 /// A started QEMU. Killed when dropped, and by the kernel when the thread that started it ends.
@@ -122,7 +122,7 @@ fn disk_arguments(root: &Path) -> Vec<OsString> {
 fn share_arguments(job: &Job) -> Vec<OsString> {
     let mut arguments = Vec::new();
     for (number, share) in job.shares.iter().enumerate() {
-        let mode = if share.writable { "" } else { ",readonly=on" };
+        let mode = if share.access == Access::Writable { "" } else { ",readonly=on" };
         let path = escaped(&share.path);
         arguments.push("-fsdev".to_string());
         arguments.push(format!("local,id=share{number},path={path},security_model=none,multidevs=remap{mode}"));

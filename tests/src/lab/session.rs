@@ -3,7 +3,6 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
@@ -21,8 +20,10 @@ use super::terminal::{self, Signal};
 use super::wire::{self, FromLab, ToLab};
 use super::{guest, initrd};
 
-/// How long a machine may take until the command starts.
-const BOOT_LIMIT: Duration = Duration::from_secs(90);
+/// How long a machine may take until the command starts: many times what it needs, as this machine may be busy.
+const BOOT_LIMIT: Duration = Duration::from_secs(120);
+/// The same with systemd or with a counting clock.
+const SLOW_BOOT_LIMIT: Duration = Duration::from_secs(360);
 /// How long a machine that sends heartbeats may be silent.
 const SILENCE_LIMIT: Duration = Duration::from_secs(120);
 /// How much of the console is kept.
@@ -85,7 +86,8 @@ pub fn run(
         let sender = sender.clone();
         move |signal| sender.send(Event::Signal(signal)).is_ok()
     })?;
-    let session = Session { events, begin, machine, heartbeat: job.heartbeat };
+    let boot_limit = if job.systemd || machine.counting { SLOW_BOOT_LIMIT } else { BOOT_LIMIT };
+    let session = Session { events, begin, machine, boot_limit, heartbeat: job.heartbeat };
     if let Some(end) = session.wait_for_start() {
         qemu.kill();
         return Ok((end.with_console(&console), Some(streams)));
@@ -133,13 +135,14 @@ struct Session<'a> {
     events: Receiver<Event>,
     begin: Instant,
     machine: &'a Machine,
+    boot_limit: Duration,
     heartbeat: bool,
 }
 
 impl Session<'_> {
     /// Nothing when the command started.
     fn wait_for_start(&self) -> Option<End> {
-        let limit = BOOT_LIMIT.min(self.machine.limit);
+        let limit = self.boot_limit.min(self.machine.limit);
         loop {
             let failed = |reason: String| Some(End::Failed { started: false, reason });
             match self.next(self.begin + limit) {
@@ -263,7 +266,6 @@ struct Console {
 
 impl Console {
     fn follow(mut stream: UnixStream, file: Option<PathBuf>) -> Result<Self> {
-        stream.shutdown(Shutdown::Write).context("cannot set up the console")?;
         let mut file = match file {
             Some(path) => Some(File::create(&path).with_context(|| format!("cannot write {}", path.display()))?),
             None => None,

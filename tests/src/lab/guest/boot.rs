@@ -14,7 +14,7 @@ use nix::unistd::{chdir, chroot, execv};
 use super::files::{mount_on, write};
 use super::{AS_UNIT, HOME};
 use crate::lab::initrd::{JOB, MODULES};
-use crate::lab::job::Job;
+use crate::lab::job::{Access, Job, Share};
 
 /// Under which folder the real root is put together.
 const NEW: &str = "/new";
@@ -29,7 +29,7 @@ pub fn run() -> Result<()> {
     mount_root()?;
     mount_kernel_file_systems()?;
     for (number, share) in job.shares.iter().enumerate() {
-        mount_share(number, &share.path, share.writable)?;
+        mount_share(number, share)?;
     }
     move_in(&job)?;
     if job.systemd {
@@ -68,6 +68,13 @@ fn mount_kernel_file_systems() -> Result<()> {
     mount_on(&new.join("sys"), "sysfs", "sysfs", PLAIN, "")?;
     mount_on(&new.join("run"), "tmpfs", "run", PLAIN, "mode=0755")?;
     mount_on(&new.join("tmp"), "tmpfs", "tmp", PLAIN, "mode=1777")?;
+    mount_on(&new.join("run/lock"), "tmpfs", "lock", PLAIN, "mode=1777")?;
+    mount_on(&new.join("dev/mqueue"), "mqueue", "mqueue", PLAIN, "")?;
+    mount_on(&new.join("dev/hugepages"), "hugetlbfs", "hugetlbfs", PLAIN, "")?;
+    for (folder, kind) in [("debug", "debugfs"), ("tracing", "tracefs"), ("security", "securityfs")] {
+        mount_on(&new.join("sys/kernel").join(folder), kind, kind, PLAIN, "")?;
+    }
+    mount_on(&new.join("sys/fs/bpf"), "bpf", "bpf", PLAIN, "mode=0700")?;
     // Engines put overlays here, and an overlay cannot lie on an overlay.
     for state in ["var/lib/containerd", "var/lib/containers", "var/lib/katavm"] {
         mount_on(&new.join(state), "tmpfs", "state", NONE, "mode=0711")?;
@@ -75,11 +82,25 @@ fn mount_kernel_file_systems() -> Result<()> {
     Ok(())
 }
 
-fn mount_share(number: usize, path: &Path, writable: bool) -> Result<()> {
-    let Ok(inside) = path.strip_prefix("/") else { bail!("{} is not an absolute path", path.display()) };
-    let (flags, cache) = if writable { (NONE, "mmap") } else { (MsFlags::MS_RDONLY, "loose") };
-    let options = format!("trans=virtio,version=9p2000.L,msize=512000,cache={cache}");
-    mount_on(&Path::new(NEW).join(inside), "9p", &format!("share{number}"), flags, &options)
+fn mount_share(number: usize, share: &Share) -> Result<()> {
+    let Ok(inside) = share.path.strip_prefix("/") else { bail!("{} is not an absolute path", share.path.display()) };
+    let target = Path::new(NEW).join(inside);
+    let tag = format!("share{number}");
+    let (place, flags, cache) = match share.access {
+        Access::ReadOnly => (target.clone(), MsFlags::MS_RDONLY, "loose"),
+        Access::Scratch => (Path::new("/lower-shares").join(&tag), MsFlags::MS_RDONLY, "loose"),
+        // Written through at once; only mapped files stay in the page cache.
+        Access::Writable => (target.clone(), NONE, "mmap"),
+    };
+    mount_on(&place, "9p", &tag, flags, &format!("trans=virtio,version=9p2000.L,msize=512000,cache={cache}"))?;
+    if share.access == Access::Scratch {
+        let (upper, work) = (format!("/upper/{tag}"), format!("/upper/{tag}-work"));
+        fs::create_dir_all(&upper)?;
+        fs::create_dir_all(&work)?;
+        let options = format!("lowerdir={},upperdir={upper},workdir={work}", place.display());
+        mount_on(&target, "overlay", &tag, NONE, &options)?;
+    }
+    Ok(())
 }
 
 /// Makes the real root "/", with this program and the job in it.
@@ -114,11 +135,6 @@ fn start_systemd() -> Result<Infallible> {
 fn set_up_by_hand() -> Result<()> {
     mount_on(Path::new("/dev/pts"), "devpts", "devpts", MsFlags::MS_NOSUID, "mode=0620,gid=5,ptmxmode=0666")?;
     mount_on(Path::new("/dev/shm"), "tmpfs", "shm", PLAIN, "mode=1777")?;
-    mount_on(Path::new("/dev/mqueue"), "mqueue", "mqueue", PLAIN, "")?;
-    mount_on(Path::new("/sys/kernel/debug"), "debugfs", "debugfs", PLAIN, "")?;
-    mount_on(Path::new("/sys/kernel/tracing"), "tracefs", "tracefs", PLAIN, "")?;
-    mount_on(Path::new("/sys/kernel/security"), "securityfs", "securityfs", PLAIN, "")?;
-    mount_on(Path::new("/sys/fs/bpf"), "bpf", "bpf", PLAIN, "mode=0700")?;
     let cgroups = Path::new("/sys/fs/cgroup");
     mount_on(cgroups, "cgroup2", "cgroup2", PLAIN, "nsdelegate,memory_recursiveprot")?;
     let controllers = fs::read_to_string(cgroups.join("cgroup.controllers"))?;
@@ -128,7 +144,7 @@ fn set_up_by_hand() -> Result<()> {
     for (link, target) in [("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")] {
         std::os::unix::fs::symlink(target, Path::new("/dev").join(link))?;
     }
-    for folder in ["run/lock", "run/user/0", "var/tmp"] {
+    for folder in ["run/user/0", "var/tmp"] {
         fs::create_dir_all(Path::new("/").join(folder))?;
     }
     nix::unistd::sethostname("katavm-lab")?;

@@ -15,7 +15,7 @@ use nix::sys::wait::{WaitStatus, wait};
 use super::HOME;
 use super::command::{self, Running};
 use super::pumps::{self, Drain};
-use crate::lab::job::Job;
+use crate::lab::job::{Access, Job};
 use crate::lab::wire::{self, FromLab, PORTS, ToLab};
 
 /// How often the machine says that it lives.
@@ -66,7 +66,7 @@ fn try_run() -> Result<()> {
         }
         Err(error) => report_unstartable(&error, stdout, stderr)?,
     };
-    for share in job.shares.iter().filter(|share| share.writable) {
+    for share in job.shares.iter().filter(|share| share.access == Access::Writable) {
         // What the command wrote must be outside before the machine is ended.
         nix::unistd::syncfs(File::open(&share.path)?).context("cannot write back the output folder")?;
     }
