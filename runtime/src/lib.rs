@@ -1,8 +1,11 @@
 //! The runtime: takes a bundle, makes a sandbox for it, runs its container in there and speaks for it on the host.
 
+pub mod cli;
 pub mod config;
+pub mod container;
 pub mod host;
 pub mod process;
 pub mod sandbox;
 pub mod state;
+pub mod timings;
 pub mod watcher;

@@ -83,7 +83,8 @@ impl Signals {
     /// Those of epoll_ctl(2).
     pub fn listen(self) -> Result<Listening, SignalsError> {
         // SAFETY: a SignalFd is the same open descriptor until it is dropped, and `AsyncFd` owns it from here on.
-        let fd = unsafe { AsyncFd::register_with_interest(self.fd, Interest::READABLE) }?;
+        let fd = unsafe { AsyncFd::register_with_interest(self.fd, Interest::READABLE) };
+        let fd = fd.map_err(io::Error::from)?;
         Ok(Listening { fd })
     }
 }

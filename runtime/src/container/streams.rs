@@ -1,0 +1,94 @@
+//! The connections of a container's streams.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+
+use katavm_protocol::agent::{StreamHello, StreamKind, StreamReply};
+use katavm_protocol::{frame, ports};
+use tokio::sync::oneshot;
+
+use super::{ContainerError, Job};
+use crate::process::stdio::{InputPump, OutputEnd, pump_input, pump_output};
+use crate::sandbox::vm::Dial;
+use crate::sandbox::{DIAL_PATIENCE, Sandbox, blocking};
+
+/// The streams that are connected.
+#[derive(Debug, Default)]
+pub struct Streams {
+    input: Option<InputPump>,
+    outputs: Vec<(&'static str, oneshot::Receiver<OutputEnd>)>,
+}
+
+impl Streams {
+    /// Connects all streams of a container that has not been started.
+    ///
+    /// # Errors
+    /// Which of them cannot be had.
+    pub async fn connect(&mut self, sandbox: &Sandbox<'_>, job: &Job) -> Result<(), ContainerError> {
+        let connect = |kind, name| async move {
+            let (dial, id) = (sandbox.dialler(), job.id.clone());
+            let connected = blocking(move || greet(&*dial, id, kind)).await;
+            connected.map_err(|error| ContainerError::Stream { stream: name, error })
+        };
+        let failed = |stream| move |error| ContainerError::Stream { stream, error };
+        let copy = |fd: &OwnedFd| fd.try_clone();
+        let stdio = &job.stdio;
+        if job.terminal.is_some() {
+            let name = "terminal";
+            let stream = connect(StreamKind::STREAM_KIND_TERMINAL, name).await?;
+            let sink = match &stdio.stdout {
+                Some(fd) => copy(fd),
+                None => File::options().write(true).open("/dev/null").map(OwnedFd::from),
+            };
+            let sink = sink.map_err(failed(name))?;
+            if let Some(source) = &stdio.stdin {
+                let pump = stream.try_clone().and_then(|stream| pump_input(name, stream, copy(source)?));
+                self.input = Some(pump.map_err(failed(name))?);
+            }
+            self.outputs.push((name, pump_output(name, stream, sink).map_err(failed(name))?));
+            return Ok(());
+        }
+        let outputs = [
+            (&stdio.stdout, StreamKind::STREAM_KIND_STDOUT, "standard output"),
+            (&stdio.stderr, StreamKind::STREAM_KIND_STDERR, "standard error"),
+        ];
+        for (sink, kind, name) in outputs {
+            if let Some(sink) = sink {
+                let stream = connect(kind, name).await?;
+                let end = copy(sink).and_then(|sink| pump_output(name, stream, sink));
+                self.outputs.push((name, end.map_err(failed(name))?));
+            }
+        }
+        if let Some(source) = &stdio.stdin {
+            let name = "standard input";
+            let stream = connect(StreamKind::STREAM_KIND_STDIN, name).await?;
+            let pump = copy(source).and_then(|source| pump_input(name, stream, source));
+            self.input = Some(pump.map_err(failed(name))?);
+        }
+        Ok(())
+    }
+
+    /// Returns when everything that the container has written has arrived.
+    pub async fn drained(&mut self) {
+        while let Some((name, end)) = self.outputs.last_mut() {
+            // A thread that died has nothing more to write.
+            if let Ok(Err(error)) = end.await {
+                log::warn!("writing the container's {name}: {error}");
+            }
+            self.outputs.pop();
+        }
+    }
+}
+
+/// Opens a connection to the stream port and says which stream it is for.
+fn greet(dial: &dyn Dial, container_id: String, kind: StreamKind) -> io::Result<UnixStream> {
+    let mut stream = dial.dial(ports::STREAM, DIAL_PATIENCE)?;
+    stream.set_read_timeout(Some(DIAL_PATIENCE))?;
+    let hello = StreamHello { container_id, kind: kind.into(), ..Default::default() };
+    frame::write(&mut stream, &hello)?;
+    let reply: StreamReply = frame::read(&mut stream)?;
+    stream.set_read_timeout(None)?;
+    if reply.error.is_empty() { Ok(stream) } else { Err(io::Error::other(reply.error)) }
+}
