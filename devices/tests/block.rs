@@ -230,7 +230,7 @@ fn without_a_status_byte_nothing_is_done() {
 }
 
 #[test]
-fn the_longest_request_is_served_and_a_longer_one_refused() {
+fn a_whole_disk_can_be_read_at_once() {
     let mut disk = Disk::new(false);
     // 64 buffers of 32 KiB: the whole disk in one request.
     let header = [&IN.to_le_bytes()[..], &[0; 12]].concat();
@@ -243,6 +243,30 @@ fn the_longest_request_is_served_and_a_longer_one_refused() {
     disk.machine.submit(0, &[table]);
     assert_eq!(disk.machine.used(0), [(0, 64 * 0x8000 + 1)]);
     assert_eq!(disk.machine.take(WRITABLE, 64 * 0x8000), disk.on_file(0, SECTORS));
+}
+
+#[test]
+fn no_request_is_longer_than_the_limits_that_the_device_tells() {
+    // 254 buffers of 256 KiB; the disk has room for far more.
+    const MOST: u32 = 254 * 256 * 1024;
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(1 << 33).unwrap();
+    let config = BlockConfig { file, read_only: false, serial: String::new() };
+    let mut machine = Machine::new(Arc::new(Mutex::new(Block::new(config).unwrap())));
+    machine.start();
+    machine.put(READABLE, &[&IN.to_le_bytes()[..], &[0; 12]].concat());
+    for (more, status) in [(0, OK), (512, IOERR)] {
+        let mut pieces = vec![readable(READABLE, 16)];
+        // The same memory again and again.
+        pieces.extend([writable(WRITABLE, MOST / 254 * 2); 127]);
+        pieces.extend([writable(WRITABLE, more), writable(TABLE + 0x10000, 1)]);
+        machine.put(TABLE + 0x10000, &[0xaa]);
+        machine.describe_all(TABLE, &linked(&pieces));
+        let table = Desc { addr: TABLE, len: 16 * pieces.len() as u32, flags: INDIRECT, next: 0 };
+        machine.submit(0, &[table]);
+        let len = if status == OK { MOST + 1 } else { 0 };
+        assert_eq!((machine.used(0), machine.take(TABLE + 0x10000, 1)), (vec![(0, len)], vec![status]));
+    }
 }
 
 #[test]

@@ -68,7 +68,7 @@ pub fn queue_full_of_requests(subject: &dyn Subject, machine: &mut Machine) -> O
 
 pub fn requests_forever(subject: &dyn Subject, machine: &mut Machine) -> Outcome {
     // Another CPU of the guest refills the ring while the device works on it: each turn must end by itself.
-    const REFILL: Duration = Duration::from_millis(500);
+    const REFILL: Duration = Duration::from_secs(2);
     let queue = subject.queue();
     let ring = machine.rings[queue];
     let (request, room) = subject.request();
