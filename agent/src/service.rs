@@ -44,6 +44,13 @@ impl Service {
     }
 }
 
+/// Does what must not stop halfway: ttrpc drops the handler of a request whose deadline has passed.
+async fn to_its_end<T: Send + 'static>(
+    work: impl Future<Output = std::result::Result<T, Error>> + Send + 'static,
+) -> std::result::Result<T, Error> {
+    tokio::spawn(work).await.map_err(|error| Error::Internal(error.to_string()))?
+}
+
 #[async_trait]
 impl Agent for Service {
     async fn check(&self, _: &TtrpcContext, _: CheckRequest) -> Result<CheckResponse> {
@@ -73,7 +80,8 @@ impl Agent for Service {
     }
 
     async fn create_container(&self, _: &TtrpcContext, request: CreateContainerRequest) -> Result<ProcessResponse> {
-        let pid = self.containers.create(request).await?;
+        let containers = Arc::clone(&self.containers);
+        let pid = to_its_end(async move { containers.create(request).await }).await?;
         Ok(ProcessResponse { pid, ..Default::default() })
     }
 
@@ -83,12 +91,14 @@ impl Agent for Service {
     }
 
     async fn remove_container(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {
-        self.containers.remove(&request.container_id).await?;
+        let containers = Arc::clone(&self.containers);
+        to_its_end(async move { containers.remove(&request.container_id).await }).await?;
         Ok(Empty::new())
     }
 
     async fn create_exec(&self, _: &TtrpcContext, request: CreateExecRequest) -> Result<ProcessResponse> {
-        let pid = self.containers.create_exec(request).await?;
+        let containers = Arc::clone(&self.containers);
+        let pid = to_its_end(async move { containers.create_exec(request).await }).await?;
         Ok(ProcessResponse { pid, ..Default::default() })
     }
 

@@ -283,10 +283,11 @@ impl Containers {
     }
 
     fn container(&self, id: &str) -> Result<Arc<Container>, Error> {
-        self.lock()
-            .get(id)
-            .and_then(Entry::made)
-            .ok_or_else(|| Error::NotFound(format!("there is no container {id:?}")))
+        match self.lock().get(id) {
+            Some(Entry::Made(container)) => Ok(Arc::clone(container)),
+            Some(Entry::BeingMade) => Err(Error::State(format!("container {id:?} is being made"))),
+            None => Err(Error::NotFound(format!("there is no container {id:?}"))),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Entry>> {

@@ -3,9 +3,11 @@
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::Shutdown;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+
+use nix::errno::Errno;
 
 use super::ends::duplicate;
 
@@ -25,8 +27,8 @@ pub enum End {
 /// Moves bytes until the stream has ended, and shuts the connection down then.
 pub fn run(end: End, connection: UnixStream) {
     let result = match end {
-        End::Stdin(pipe) => copy(&connection, File::from(pipe)),
-        End::Output(pipe) => copy(File::from(pipe), &connection),
+        End::Stdin(pipe) => splice(&connection, &pipe).and_then(|()| copy(&connection, File::from(pipe))),
+        End::Output(pipe) => splice(&pipe, &connection).and_then(|()| copy(File::from(pipe), &connection)),
         End::Terminal(master) => terminal(&master, &connection),
     };
     // What the peer has closed already needs no shutdown.
@@ -46,6 +48,21 @@ fn terminal(master: &OwnedFd, connection: &UnixStream) -> io::Result<()> {
         }
     })?;
     copy(output, connection)
+}
+
+/// Moves bytes inside the kernel (splice(2)), one end being a pipe, until the end, or until the kernel cannot.
+fn splice(from: &impl AsRawFd, to: &impl AsRawFd) -> io::Result<()> {
+    let (from, to) = (from.as_raw_fd(), to.as_raw_fd());
+    loop {
+        let (none, flags) = (std::ptr::null_mut(), libc::SPLICE_F_MOVE);
+        // SAFETY: neither offset is passed, the rest are numbers.
+        match Errno::result(unsafe { libc::splice(from, none, to, none, CHUNK, flags) }) {
+            // At the end `copy` finds the end as well.
+            Ok(0) | Err(Errno::EINVAL | Errno::EOPNOTSUPP) => return Ok(()),
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
 }
 
 fn copy(mut from: impl Read, mut to: impl Write) -> io::Result<()> {
