@@ -32,7 +32,8 @@ pub fn build() -> Result<PathBuf> {
     })
 }
 
-/// The archive with `init` as `/init`: that, the console that the kernel opens for it, and the places of its mounts.
+/// The archive with `init` as `/init`: that, the console that the kernel opens for it, and the directories that it
+/// mounts or writes in.
 ///
 /// Not compressed: the kernel copies it out either way, and unpacking would be the dearest step of the boot.
 ///
@@ -43,6 +44,7 @@ pub fn pack(init: &[u8]) -> Result<Vec<u8>> {
     for mount_point in ["dev", "proc", "run", "sys"] {
         archive.directory(mount_point, 0o755)?;
     }
+    archive.directory("tmp", 0o1777)?;
     archive.character_device("dev/console", 0o600, (5, 1))?;
     archive.file("init", 0o755, init)?;
     Ok(archive.finish())

@@ -27,7 +27,7 @@ echo "devices: $(cd /dev && $b ls -d console full fuse hwrng loop-control net/tu
 echo "absent: $(cd /dev && $b ls -d mem kmem port kvm tty1 2>/dev/null | $b tr '\n' ' ')"
 echo "random: $($b cat /sys/class/misc/hw_random/rng_current)"
 echo "disk: $($b cat /sys/block/vda/size)"
-echo "swap: $($b mkdir /sys/fs/cgroup/x && cd /sys/fs/cgroup && echo '+memory +io' > cgroup.subtree_control && $b ls x/memory.swap.max x/io.max x/io.weight x/memory.reclaim x/cpu.max x/memory.pressure 2>&1 | $b tr '\n' ' ')"
+echo "limits: $($b mkdir /sys/fs/cgroup/x && cd /sys/fs/cgroup && echo '+cpu +memory +io +pids' > cgroup.subtree_control && $b ls x/memory.swap.max x/io.max x/io.weight x/memory.reclaim x/cpu.max x/pids.max x/memory.pressure 2>&1 | $b tr '\n' ' ')"
 echo "options: $($b zcat /proc/config.gz | $b grep -c =y)"
 echo "end: reached"
 $b reboot -f
@@ -105,7 +105,7 @@ fn check(image: &Path, kernel: &str) {
     assert_eq!(fact("absent"), "");
     assert!(fact("random").starts_with("virtio_rng"), "{}", fact("random"));
     assert_eq!(fact("disk"), "2048");
-    has("swap", "x/memory.swap.max x/io.max x/io.weight x/memory.reclaim x/cpu.max x/memory.pressure");
+    has("limits", "x/memory.swap.max x/io.max x/io.weight x/memory.reclaim x/cpu.max x/pids.max x/memory.pressure");
     assert!(fact("options").parse::<u32>().unwrap() > 500);
     assert_eq!(fact("end"), "reached");
 }
