@@ -28,10 +28,10 @@ fn the_guest_writes_and_closes_at_once_and_the_host_reads_every_byte() {
     guest.send(&close);
     assert_eq!(guest.operations(), [0_u16; 0], "the end is not confirmed before the host has all bytes");
     let mut read = Vec::new();
-    while read.len() < written {
+    guest.wait(|_| {
         read.extend(read_some(&mut stream, 100_000));
-        guest.run();
-    }
+        (read.len() == written).then_some(())
+    });
     assert!(read == data[..written]);
     assert_eq!(stream.read(&mut [0]).unwrap(), 0, "then the end");
     assert_eq!(guest.operations(), [RST]);
