@@ -3,11 +3,12 @@
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::Shutdown;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::ends::duplicate;
 
@@ -27,7 +28,8 @@ pub enum End {
 /// Moves bytes until the stream has ended, and shuts the connection down then.
 pub fn run(end: End, connection: UnixStream) {
     let result = match end {
-        End::Stdin(pipe) => splice(&connection, &pipe).and_then(|()| copy(&connection, File::from(pipe))),
+        // Not by splice(2): it would hold the pipe's lock while it waits for the host, and the process could not even end.
+        End::Stdin(pipe) => copy(&connection, File::from(pipe)),
         End::Output(pipe) => splice(&pipe, &connection).and_then(|()| copy(File::from(pipe), &connection)),
         End::Terminal(master) => terminal(&master, &connection),
     };
@@ -50,19 +52,27 @@ fn terminal(master: &OwnedFd, connection: &UnixStream) -> io::Result<()> {
     copy(output, connection)
 }
 
-/// Moves bytes inside the kernel (splice(2)), one end being a pipe, until the end, or until the kernel cannot.
-fn splice(from: &impl AsRawFd, to: &impl AsRawFd) -> io::Result<()> {
-    let (from, to) = (from.as_raw_fd(), to.as_raw_fd());
+/// Moves bytes from a pipe inside the kernel (splice(2)), until the end, or until the kernel cannot.
+///
+/// splice holds the pipe's lock while it sends, and a process that wants the lock cannot be killed: so the sending must
+/// not wait, and this waits for the connection without the lock.
+fn splice(pipe: &OwnedFd, connection: &UnixStream) -> io::Result<()> {
+    connection.set_nonblocking(true)?;
     loop {
+        let (from, to) = (pipe.as_raw_fd(), connection.as_raw_fd());
         let (none, flags) = (std::ptr::null_mut(), libc::SPLICE_F_MOVE);
         // SAFETY: neither offset is passed, the rest are numbers.
         match Errno::result(unsafe { libc::splice(from, none, to, none, CHUNK, flags) }) {
             // At the end `copy` finds the end as well.
-            Ok(0) | Err(Errno::EINVAL | Errno::EOPNOTSUPP) => return Ok(()),
+            Ok(0) | Err(Errno::EINVAL | Errno::EOPNOTSUPP) => break,
             Ok(_) | Err(Errno::EINTR) => {}
+            Err(Errno::EAGAIN) => {
+                poll(&mut [PollFd::new(connection.as_fd(), PollFlags::POLLOUT)], PollTimeout::NONE)?;
+            }
             Err(error) => return Err(error.into()),
         }
     }
+    connection.set_nonblocking(false)
 }
 
 fn copy(mut from: impl Read, mut to: impl Write) -> io::Result<()> {

@@ -35,6 +35,7 @@ pub async fn run(agent: &Agent, filter: &str) {
         stdin_to_stdout,
         much_output,
         late_streams,
+        stalled_output,
         both_outputs,
         failures,
         nothing_left,
@@ -173,6 +174,19 @@ async fn much_output(agent: &Agent) {
     println!("# {} MiB/s", 256_000 / start.elapsed().as_millis());
     assert_eq!(agent.wait("c1", "").await.status, 0);
     agent.remove("c1").await;
+}
+
+async fn stalled_output(agent: &Agent) {
+    agent.create("c1", &sh("cat /dev/zero"), all_streams()).await.unwrap();
+    let mut streams = Streams::connect("c1", "");
+    agent.start("c1").await;
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    // The host does not read on, and yet the process can be killed.
+    signal(agent, "c1", "", 9).await.unwrap();
+    assert_eq!(agent.wait("c1", "").await.status, 137);
+    agent.remove("c1").await;
+    let rest = std::io::copy(&mut streams.stdout, &mut std::io::sink()).unwrap();
+    assert!(rest > 65536, "{rest}");
 }
 
 async fn late_streams(agent: &Agent) {
