@@ -1,0 +1,79 @@
+# Recipes forward to the programs that do the work; `./just` installs the command runner itself.
+
+set positional-arguments := true
+
+export CARGO_TARGET_DIR := env("CARGO_TARGET_DIR", justfile_directory() / "target")
+bin := CARGO_TARGET_DIR / "lab"
+lab := bin / "katavm-lab"
+
+# List the recipes.
+@default:
+    just --list --justfile "{{ justfile() }}"
+
+# Install and build everything that the other recipes need.
+setup: build guest-image
+    "{{ lab }}" setup
+
+# Build katavm and its test programs.
+build:
+    cargo build -q --profile lab -p katavm-runtime -p katavm-tests --bins
+
+# Build the guest's kernel and initramfs, and print their folder.
+guest-image:
+    cargo run -q -p katavm-guest-image -- build
+
+# Run a real bundle in a microVM.
+demo: build guest-image
+    #!/bin/sh
+    set -eu
+    bundle=$(examples/make-bundle debian)
+    "{{ lab }}" run -- sh -euc '
+        examples/config-with "$1" /tmp/demo -- sh -c "uname -a; python3 -V; python3 -c \"print(sum(range(10**6)))\""
+        katavm run --timings /tmp/demo
+    ' demo "$bundle"
+
+# Run a bundle: ./just run BUNDLE [OPTIONS OF katavm run]
+run bundle *args: build guest-image
+    #!/bin/sh
+    set -eu
+    bundle=$(realpath "$1")
+    shift
+    tty=; if [ -t 0 ] && [ -t 1 ]; then tty=--tty; fi
+    exec "{{ lab }}" run $tty --writable "$bundle" -- katavm run "$@" "$bundle"
+
+# Run a command in the lab: ./just lab [--counting] [--systemd] [--limit SECONDS] 'COMMAND'
+@lab *cmd: build
+    "{{ lab }}" run "$@"
+
+# Look around in the lab.
+@lab-shell *options: build
+    "{{ lab }}" shell "$@"
+
+# Lint, unit tests, end-to-end tests.
+test: lint test-unit test-e2e
+
+# Tests that need no KVM.
+test-unit:
+    cargo test -q --workspace
+
+# Real guests, in the lab or on this machine's /dev/kvm: ./just test-e2e [CASE...]
+test-e2e *cases: build guest-image
+    "{{ lab }}" run --limit 3600 -- katavm-e2e "$@"
+
+# Benchmarks beside the peers, in the counting lab: ./just bench boot [--runs N]
+bench *args: build guest-image
+    "{{ lab }}" run --counting --limit 3600 -- katavm-bench "$@"
+
+# The end-to-end tests again and again.
+soak rounds="20": build guest-image
+    for round in $(seq "$1"); do echo "round $round" && "{{ lab }}" run --limit 7200 -- katavm-e2e || exit 1; done
+
+# Formatting and clippy, warnings refused.
+lint:
+    cargo fmt --all --check
+    cargo clippy -q --workspace --all-targets -- -D warnings
+
+# Remove what was built here; the cache of artefacts stays.
+clean:
+    cargo clean
+    rm -rf "{{ justfile_directory() }}/out"
