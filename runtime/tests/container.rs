@@ -1,0 +1,363 @@
+//! A whole container run against an agent that is a script: no virtual machine, real streams, real ttrpc.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use katavm_protocol::agent::{
+    CheckRequest, CheckResponse, ContainerRequest, CreateContainerRequest, CreateExecRequest, CreateSandboxRequest,
+    Empty, Event, Exit, ListProcessesResponse, ProcessRequest, ProcessResponse, Ready, ResizeTerminalRequest,
+    SignalRequest, StatsResponse, Stdio, StreamHello, StreamKind, StreamReply, WaitResponse,
+};
+use katavm_protocol::agent_ttrpc::{Agent, create_agent};
+use katavm_protocol::{frame, ports};
+use katavm_runtime::container::{self, ContainerError, Job, Step, Streams};
+use katavm_runtime::process::signals::Signals;
+use katavm_runtime::process::stdio::Inherited;
+use katavm_runtime::process::terminal::WindowSize;
+use katavm_runtime::sandbox::vm::{Dial, Machine};
+use katavm_runtime::sandbox::{Sandbox, SandboxError};
+use katavm_vmm::ExitReason;
+use rustix::event::{EventfdFlags, eventfd};
+use tokio::sync::{mpsc, watch};
+use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
+
+/// What the container does once it runs: it gets its streams, and gives its exit status.
+type Program = Box<dyn FnOnce(HashMap<i32, UnixStream>, &Guest) -> u32 + Send>;
+
+/// The machine and the agent in one.
+struct Guest {
+    end: OwnedFd,
+    reason: Mutex<Option<ExitReason>>,
+    streams: Mutex<HashMap<i32, UnixStream>>,
+    program: Mutex<Option<Program>>,
+    refuse: Option<&'static str>,
+    exit: watch::Sender<Option<u32>>,
+    signals: Mutex<Vec<u32>>,
+    wanted: Mutex<Stdio>,
+    rpc: mpsc::UnboundedSender<UnixStream>,
+}
+
+impl Guest {
+    fn end_for(&self, reason: ExitReason) {
+        self.reason.lock().unwrap().get_or_insert(reason);
+        self.streams.lock().unwrap().clear();
+        rustix::io::write(&self.end, &1_u64.to_ne_bytes()).unwrap();
+    }
+}
+
+struct Handle(Arc<Guest>);
+
+impl Machine for Handle {
+    fn end_event(&self) -> BorrowedFd<'_> {
+        self.0.end.as_fd()
+    }
+
+    fn end(&self) -> Option<ExitReason> {
+        self.0.reason.lock().unwrap().clone()
+    }
+
+    fn stop(&self) {
+        self.0.end_for(ExitReason::Stopped);
+    }
+
+    fn console_tail(&self) -> String {
+        "last words\n".into()
+    }
+}
+
+impl Dial for Handle {
+    fn dial(&self, port: u32, _timeout: Duration) -> io::Result<UnixStream> {
+        let (ours, mut theirs) = UnixStream::pair()?;
+        match port {
+            ports::RPC => self.0.rpc.send(theirs).map_err(io::Error::other)?,
+            ports::STREAM => {
+                let guest = Arc::clone(&self.0);
+                std::thread::spawn(move || {
+                    let hello: StreamHello = frame::read(&mut theirs).unwrap();
+                    assert_eq!(hello.container_id, "c1");
+                    frame::write(&mut theirs, &StreamReply::new()).unwrap();
+                    guest.streams.lock().unwrap().insert(hello.kind.value(), theirs);
+                });
+            }
+            other => panic!("port {other}"),
+        }
+        Ok(ours)
+    }
+}
+
+struct Service(Arc<Guest>);
+
+#[async_trait]
+impl Agent for Service {
+    async fn check(&self, _: &TtrpcContext, _: CheckRequest) -> ttrpc::Result<CheckResponse> {
+        Ok(CheckResponse::new())
+    }
+
+    async fn create_sandbox(&self, _: &TtrpcContext, request: CreateSandboxRequest) -> ttrpc::Result<Empty> {
+        assert_eq!(request.shared_tag, "katavm");
+        assert_eq!(request.entropy.len(), 32);
+        Ok(Empty::new())
+    }
+
+    async fn create_container(&self, _: &TtrpcContext, r: CreateContainerRequest) -> ttrpc::Result<ProcessResponse> {
+        if let Some(reason) = self.0.refuse {
+            return Err(ttrpc::Error::RpcStatus(ttrpc::get_status(ttrpc::Code::NOT_FOUND, reason)));
+        }
+        *self.0.wanted.lock().unwrap() = r.stdio.unwrap_or_default();
+        Ok(ProcessResponse { pid: 100, ..Default::default() })
+    }
+
+    async fn start_container(&self, _: &TtrpcContext, _: ContainerRequest) -> ttrpc::Result<Empty> {
+        let guest = Arc::clone(&self.0);
+        std::thread::spawn(move || {
+            let streams = std::mem::take(&mut *guest.streams.lock().unwrap());
+            let program = guest.program.lock().unwrap().take().unwrap();
+            let status = program(streams, &guest);
+            guest.exit.send_replace(Some(status));
+        });
+        Ok(Empty::new())
+    }
+
+    async fn wait(&self, _: &TtrpcContext, _: ProcessRequest) -> ttrpc::Result<WaitResponse> {
+        let mut exit = self.0.exit.subscribe();
+        let status = exit.wait_for(Option::is_some).await.unwrap().unwrap();
+        let exit = Exit { status, ..Default::default() };
+        Ok(WaitResponse { exit: Some(exit).into(), ..Default::default() })
+    }
+
+    async fn signal(&self, _: &TtrpcContext, request: SignalRequest) -> ttrpc::Result<Empty> {
+        self.0.signals.lock().unwrap().push(request.signal);
+        Ok(Empty::new())
+    }
+
+    async fn destroy_sandbox(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
+        self.0.end_for(ExitReason::Orderly);
+        Ok(Empty::new())
+    }
+
+    async fn remove_container(&self, _: &TtrpcContext, _: ContainerRequest) -> ttrpc::Result<Empty> {
+        unimplemented!()
+    }
+    async fn create_exec(&self, _: &TtrpcContext, _: CreateExecRequest) -> ttrpc::Result<ProcessResponse> {
+        unimplemented!()
+    }
+    async fn start_exec(&self, _: &TtrpcContext, _: ProcessRequest) -> ttrpc::Result<Empty> {
+        unimplemented!()
+    }
+    async fn resize_terminal(&self, _: &TtrpcContext, _: ResizeTerminalRequest) -> ttrpc::Result<Empty> {
+        unimplemented!()
+    }
+    async fn close_stdin(&self, _: &TtrpcContext, _: ProcessRequest) -> ttrpc::Result<Empty> {
+        unimplemented!()
+    }
+    async fn list_processes(&self, _: &TtrpcContext, _: ContainerRequest) -> ttrpc::Result<ListProcessesResponse> {
+        unimplemented!()
+    }
+    async fn stats(&self, _: &TtrpcContext, _: ContainerRequest) -> ttrpc::Result<StatsResponse> {
+        unimplemented!()
+    }
+    async fn pause(&self, _: &TtrpcContext, _: ContainerRequest) -> ttrpc::Result<Empty> {
+        unimplemented!()
+    }
+    async fn resume(&self, _: &TtrpcContext, _: ContainerRequest) -> ttrpc::Result<Empty> {
+        unimplemented!()
+    }
+    async fn events(&self, _: &TtrpcContext, _: Empty, _: ServerStreamSender<Event>) -> ttrpc::Result<()> {
+        unimplemented!()
+    }
+}
+
+struct Outcome {
+    result: Result<u32, ContainerError>,
+    steps: Vec<&'static str>,
+    end: Option<ExitReason>,
+    signals: Vec<u32>,
+    wanted: Stdio,
+}
+
+#[derive(Default)]
+struct Setup {
+    refuse: Option<&'static str>,
+    stdin: Option<OwnedFd>,
+    stdout: Option<OwnedFd>,
+}
+
+/// Runs `program` as a container, on a thread of its own for the sake of its signal mask.
+fn run(setup: Setup, program: impl FnOnce(HashMap<i32, UnixStream>, &Guest) -> u32 + Send + 'static) -> Outcome {
+    std::thread::spawn(move || run_here(setup, Box::new(program))).join().unwrap()
+}
+
+fn run_here(setup: Setup, program: Program) -> Outcome {
+    let signals = Signals::block().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let (rpc, mut connections) = mpsc::unbounded_channel::<UnixStream>();
+    let guest = Arc::new(Guest {
+        end: eventfd(0, EventfdFlags::CLOEXEC).unwrap(),
+        reason: Mutex::default(),
+        streams: Mutex::default(),
+        program: Mutex::new(Some(program)),
+        refuse: setup.refuse,
+        exit: watch::Sender::new(None),
+        signals: Mutex::default(),
+        wanted: Mutex::default(),
+        rpc,
+    });
+    let machine = Handle(Arc::clone(&guest));
+    let job = Job {
+        id: "c1".into(),
+        spec: b"{}".to_vec(),
+        hostname: String::new(),
+        stdio: Inherited { stdin: setup.stdin, stdout: setup.stdout, stderr: None },
+        terminal: None,
+        fallback_size: WindowSize::default(),
+    };
+    let mut steps = Vec::new();
+    let mut progress = |step: Step| {
+        steps.push(match step {
+            Step::Ready(ready) => {
+                assert_eq!(ready.kernel_release, "6.12");
+                "ready"
+            }
+            Step::Created => "created",
+            Step::Running => "running",
+            Step::Exited => "exited",
+        });
+    };
+    let result = runtime.block_on(async {
+        let service = create_agent(Arc::new(Service(Arc::clone(&guest))));
+        let accepted = futures_stream(&mut connections).await;
+        let mut server = ttrpc::r#async::Server::new().add_listener(accepted).register_service(service);
+        server.start().await.unwrap();
+        let sandbox = Sandbox::new(&machine, Arc::new(Handle(Arc::clone(&guest)))).unwrap();
+        let signals = signals.listen().unwrap();
+        let ready = |_| Ok(Ready { kernel_release: "6.12".into(), ..Default::default() });
+        let mut streams = Streams::default();
+        let exit = container::run(&sandbox, ready, job, &signals, &mut streams, &mut progress).await;
+        streams.drained().await;
+        exit.map(|exit| exit.status)
+    });
+    let (end, signals) = (guest.reason.lock().unwrap().clone(), guest.signals.lock().unwrap().clone());
+    let wanted = guest.wanted.lock().unwrap().clone();
+    Outcome { result, steps, end, signals, wanted }
+}
+
+/// The connections that the dialler makes, as a listener.
+async fn futures_stream(connections: &mut mpsc::UnboundedReceiver<UnixStream>) -> ttrpc::r#async::transport::Listener {
+    let connections = std::mem::replace(connections, mpsc::unbounded_channel().1);
+    ttrpc::r#async::transport::Listener::new(futures::stream::unfold(connections, |mut connections| async {
+        let stream = connections.recv().await?;
+        stream.set_nonblocking(true).unwrap();
+        Some((tokio::net::UnixStream::from_std(stream), connections))
+    }))
+}
+
+fn take(streams: &mut HashMap<i32, UnixStream>, kind: StreamKind) -> UnixStream {
+    streams.remove(&(kind as i32)).unwrap()
+}
+
+#[test]
+fn a_container_runs_and_its_output_is_whole() {
+    let (stdin, mut writer) = io::pipe().unwrap();
+    let (mut reader, stdout) = io::pipe().unwrap();
+    let data: Vec<u8> = (0..3_000_000_u32).map(|n| (n % 253) as u8).collect();
+    let sent = data.clone();
+    let feeder = std::thread::spawn(move || writer.write_all(&sent).unwrap());
+    let collector = std::thread::spawn(move || {
+        let mut all = Vec::new();
+        reader.read_to_end(&mut all).unwrap();
+        all
+    });
+    let setup = Setup { stdin: Some(stdin.into()), stdout: Some(stdout.into()), ..Default::default() };
+    let outcome = run(setup, |mut streams, _| {
+        let mut stdin = take(&mut streams, StreamKind::STREAM_KIND_STDIN);
+        let mut stdout = take(&mut streams, StreamKind::STREAM_KIND_STDOUT);
+        io::copy(&mut stdin, &mut stdout).unwrap();
+        // What is written last of all arrives after the exit status.
+        std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(100));
+            stdout.write_all(b"late").unwrap();
+        });
+        7
+    });
+    assert_eq!(outcome.result.unwrap(), 7);
+    assert_eq!(outcome.steps, ["ready", "created", "running", "exited"]);
+    assert_eq!(outcome.end, Some(ExitReason::Orderly));
+    assert!(outcome.wanted.stdin && outcome.wanted.stdout && !outcome.wanted.stderr);
+    feeder.join().unwrap();
+    let received = collector.join().unwrap();
+    assert!(received[..data.len()] == data && &received[data.len()..] == b"late", "{}", received.len());
+}
+
+#[test]
+fn a_refusal_is_told_and_the_guest_ended() {
+    let refuse = Some("exec: \"foo\": executable file not found in $PATH");
+    let outcome = run(Setup { refuse, ..Default::default() }, |_, _| 0);
+    assert_eq!(outcome.result.unwrap_err().to_string(), refuse.unwrap());
+    assert_eq!(outcome.steps, ["ready"]);
+    assert_eq!(outcome.end, Some(ExitReason::Orderly));
+}
+
+#[test]
+fn a_guest_that_fails_is_told_with_its_reason_and_its_output_so_far() {
+    let (mut reader, stdout) = io::pipe().unwrap();
+    let outcome = run(Setup { stdout: Some(stdout.into()), ..Default::default() }, |mut streams, guest| {
+        take(&mut streams, StreamKind::STREAM_KIND_STDOUT).write_all(b"before").unwrap();
+        guest.end_for(ExitReason::Panic);
+        std::thread::sleep(Duration::from_secs(3600));
+        0
+    });
+    let error = outcome.result.unwrap_err();
+    assert!(matches!(error, ContainerError::Sandbox(SandboxError::Ended { reason: ExitReason::Panic, .. })));
+    assert!(error.to_string().ends_with("\n  | last words"), "{error}");
+    let mut text = String::new();
+    reader.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "before");
+}
+
+#[test]
+fn signals_are_passed_on_in_order() {
+    let outcome = std::thread::spawn(|| {
+        // The container's program signals the thread that reads signals, which is this one.
+        // SAFETY: pthread_self has no preconditions.
+        let this = unsafe { libc::pthread_self() };
+        let signal = move |number| {
+            // SAFETY: the thread waits for the program's end, so it lives.
+            assert_eq!(unsafe { libc::pthread_kill(this, number) }, 0);
+        };
+        run_here(
+            Setup::default(),
+            Box::new(move |_, guest| {
+                for (index, number) in [libc::SIGUSR1, libc::SIGTERM, libc::SIGRTMIN() + 2].into_iter().enumerate() {
+                    signal(number);
+                    while guest.signals.lock().unwrap().len() <= index {
+                        std::thread::yield_now();
+                    }
+                }
+                137
+            }),
+        )
+    })
+    .join()
+    .unwrap();
+    assert_eq!(outcome.result.unwrap(), 137);
+    let expected = [libc::SIGUSR1, libc::SIGTERM, libc::SIGRTMIN() + 2].map(i32::unsigned_abs);
+    assert_eq!(outcome.signals, expected);
+}
+
+#[test]
+fn a_full_disk_does_not_hang_the_container() {
+    let stdout = File::options().write(true).open("/dev/full").unwrap();
+    let outcome = run(Setup { stdout: Some(stdout.into()), ..Default::default() }, |mut streams, _| {
+        let mut stdout = take(&mut streams, StreamKind::STREAM_KIND_STDOUT);
+        let error = (0..1000).find_map(|_| stdout.write_all(&[0; 4096]).err()).unwrap();
+        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+        141
+    });
+    assert_eq!(outcome.result.unwrap(), 141);
+}
