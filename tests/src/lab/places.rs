@@ -70,11 +70,10 @@ impl Places {
         for (name, value) in self.environment() {
             job.set_env(&name, &value);
         }
-        if let Ok(current) = env::current_dir() {
-            if job.shares.iter().any(|share| current.starts_with(&share.path)) {
+        if let Ok(current) = env::current_dir()
+            && job.shares.iter().any(|share| current.starts_with(&share.path)) {
                 job.cwd = current;
             }
-        }
         job
     }
 
