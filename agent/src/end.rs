@@ -22,11 +22,27 @@ fn announce(reason: u8) {
     // SAFETY: ioperm(2) takes no pointer. It may be refused (no CONFIG_X86_IOPL_IOPERM): then nothing is announced.
     let allowed = unsafe { libc::ioperm(libc::c_ulong::from(RESET_PORT), 1, 1) } == 0;
     if allowed {
+        reboot_on_fault();
         // SAFETY: the port was just granted by ioperm; `out` touches no memory.
         unsafe {
             std::arch::asm!("out dx, al", in("dx") RESET_PORT, in("al") reason, options(nomem, nostack, preserves_flags));
         }
     }
+}
+
+/// Where the port is refused all the same, the guest ends by a reboot instead of a panic.
+///
+/// QEMU's emulated SVM does so after a restore: it takes a task state segment of type 11 (busy), which is what KVM
+/// writes and hardware wants, for no valid one.
+#[cfg(target_arch = "x86_64")]
+fn reboot_on_fault() {
+    extern "C" fn reboot_now(_: libc::c_int) {
+        // SAFETY: a system call without pointers, allowed in a signal handler.
+        unsafe { libc::reboot(libc::RB_AUTOBOOT) };
+    }
+    let handler: extern "C" fn(libc::c_int) = reboot_now;
+    // SAFETY: the handler only makes one async-signal-safe call, which does not return.
+    unsafe { libc::signal(libc::SIGSEGV, handler as libc::sighandler_t) };
 }
 
 #[cfg(not(target_arch = "x86_64"))]

@@ -61,9 +61,25 @@ impl Monitor {
             Self::Qemu => {
                 let memory = MEMORY.to_string();
                 let mut command = words(&[
-                    "qemu-system-x86_64", "-M", "microvm,acpi=off,rtc=off,pcie=off,usb=off", "-accel", "kvm", "-cpu", "host",
-                    "-m", &memory, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio",
-                    "-append", CMDLINE, "-kernel",
+                    "qemu-system-x86_64",
+                    "-M",
+                    "microvm,acpi=off,rtc=off,pcie=off,usb=off",
+                    "-accel",
+                    "kvm",
+                    "-cpu",
+                    "host",
+                    "-m",
+                    &memory,
+                    "-nodefaults",
+                    "-no-user-config",
+                    "-display",
+                    "none",
+                    "-no-reboot",
+                    "-serial",
+                    "stdio",
+                    "-append",
+                    CMDLINE,
+                    "-kernel",
                 ]);
                 command.extend([kernel.into(), OsString::from("-initrd"), initramfs.into()]);
                 command

@@ -8,6 +8,7 @@ mod boot;
 mod context;
 mod guest;
 mod report;
+mod run;
 mod snapshot;
 
 use anyhow::Result;
@@ -38,7 +39,7 @@ pub struct Case {
 #[must_use]
 pub fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
-    for (group, rows) in [boot::CASES, agent::CASES, snapshot::CASES] {
+    for (group, rows) in [boot::CASES, agent::CASES, run::CASES, snapshot::CASES] {
         cases.extend(rows.iter().map(|(name, check)| Case { group, name, check: *check }));
     }
     cases

@@ -14,10 +14,8 @@ use super::guest::{CID, Guest};
 use super::{Context, Row, Verdict};
 
 /// The table.
-pub const CASES: (&str, &[Row]) = (
-    "snapshot",
-    &[("a_busy_guest_is_rebuilt_from_bytes", rebuilt), ("a_running_guest_is_not_saved", running)],
-);
+pub const CASES: (&str, &[Row]) =
+    ("snapshot", &[("a_busy_guest_is_rebuilt_from_bytes", rebuilt), ("a_running_guest_is_not_saved", running)]);
 
 /// Writes files, reads them back, and tells each checksum; 40 of them.
 const WORK: &str = "i=0; while [ $i -lt 40 ]; do i=$((i+1)); head -c 200000 /dev/urandom > /f$i; \
@@ -53,7 +51,7 @@ fn rebuild(context: &Context, guest: Guest, exports: &[(&str, &std::path::Path)]
     let path = context.scratch().join("memory");
     guest.vm.save_memory(&mut File::create(&path)?)?;
     let streams = guest.vm.detach_streams()?;
-    let Guest { vm, sockets, share, ready, agent, runtime } = guest;
+    let Guest { vm, sockets, share, ready, agent, runtime, .. } = guest;
     let memory_mib = MicrovmConfig::default().memory_mib;
     drop(vm);
     drop(share);
@@ -82,7 +80,7 @@ fn rebuild(context: &Context, guest: Guest, exports: &[(&str, &std::path::Path)]
     let vm = builder.build_from(&state, &File::open(&path)?)?;
     fs::remove_file(&path)?;
     vm.resume()?;
-    Ok(Guest { vm, sockets, share, ready, agent, runtime })
+    Ok(Guest { vm, sockets, share, ready, agent, runtime, rebuilt: true })
 }
 
 fn running(context: &Context) -> Result<Verdict> {
