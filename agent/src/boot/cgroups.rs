@@ -1,18 +1,18 @@
-//! The cgroup v2 tree: the agent in a leaf of its own, all controllers handed on to the containers' groups.
+//! The cgroup v2 tree: all controllers handed on to the containers' groups.
+//!
+//! The agent stays in the root, which alone may have both processes and controllers: to move it would wait for an RCU
+//! grace period, 10 ms of a boot.
 
 use std::fs;
 
 use crate::cgroup::{CONTAINERS, ROOT};
 use crate::error::Error;
 
-/// Makes the agent's and the containers' groups.
+/// Makes the group of the containers' groups.
 ///
 /// # Errors
 /// Which file could not be written.
 pub fn prepare() -> Result<(), Error> {
-    let agent = format!("{ROOT}/agent");
-    make(&agent)?;
-    write(&format!("{agent}/cgroup.procs"), "0")?;
     let available = fs::read_to_string(format!("{ROOT}/cgroup.controllers"))
         .map_err(|error| Error::io(format_args!("cannot read {ROOT}/cgroup.controllers"), error))?;
     let all: Vec<String> = available.split_ascii_whitespace().map(|name| format!("+{name}")).collect();

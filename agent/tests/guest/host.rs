@@ -53,6 +53,9 @@ fn boot(kernel: &Path, initramfs: &Path, filter: &str) -> i32 {
     if env::var_os("KATAVM_TEST_LOG").is_some() {
         line += " katavm.log=debug";
     }
+    if let Ok(more) = env::var("KATAVM_TEST_CMDLINE") {
+        line += &format!(" {more}");
+    }
     if !filter.is_empty() {
         line += &format!(" katavm.test={filter}");
     }
