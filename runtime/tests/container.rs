@@ -296,9 +296,9 @@ fn a_container_runs_and_its_output_is_whole() {
 
 #[test]
 fn a_refusal_is_told_and_the_guest_ended() {
-    let refuse = Some("exec: \"foo\": executable file not found in $PATH");
-    let outcome = run(Setup { refuse, ..Default::default() }, |_, _| 0);
-    assert_eq!(outcome.result.unwrap_err().to_string(), refuse.unwrap());
+    let refusal = "exec: \"foo\": executable file not found in $PATH";
+    let outcome = run(Setup { refuse: Some(refusal), ..Default::default() }, |_, _| 0);
+    assert_eq!(outcome.result.unwrap_err().to_string(), refusal);
     assert_eq!(outcome.steps, ["ready"]);
     assert_eq!(outcome.end, Some(ExitReason::Orderly));
 }
