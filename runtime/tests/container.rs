@@ -81,8 +81,10 @@ impl Dial for Handle {
                 std::thread::spawn(move || {
                     let hello: StreamHello = frame::read(&mut theirs).unwrap();
                     assert_eq!(hello.container_id, "c1");
+                    // The container may be started as soon as the answer is out.
+                    let mut streams = guest.streams.lock().unwrap();
                     frame::write(&mut theirs, &StreamReply::new()).unwrap();
-                    guest.streams.lock().unwrap().insert(hello.kind.value(), theirs);
+                    streams.insert(hello.kind.value(), theirs);
                 });
             }
             other => panic!("port {other}"),
