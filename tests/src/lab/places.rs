@@ -71,9 +71,10 @@ impl Places {
             job.set_env(&name, &value);
         }
         if let Ok(current) = env::current_dir()
-            && job.shares.iter().any(|share| current.starts_with(&share.path)) {
-                job.cwd = current;
-            }
+            && job.shares.iter().any(|share| current.starts_with(&share.path))
+        {
+            job.cwd = current;
+        }
         job
     }
 
