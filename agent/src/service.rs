@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use katavm_protocol::agent::{
     CheckRequest, CheckResponse, ContainerRequest, CreateContainerRequest, CreateExecRequest, CreateSandboxRequest,
     Empty, Event, ListProcessesResponse, ProcessRequest, ProcessResponse, ResizeTerminalRequest, SignalRequest,
-    StatsResponse, WaitResponse,
+    StatsResponse, UpdateContainerRequest, WaitResponse,
 };
 use katavm_protocol::agent_ttrpc::Agent;
 use katavm_protocol::reset::RESET_ORDERLY;
@@ -16,7 +16,7 @@ use ttrpc::Result;
 use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
 use crate::cgroup::stats;
-use crate::container::Containers;
+use crate::container::{Containers, processes};
 use crate::error::Error;
 use crate::sandbox;
 use crate::server::kernel_release;
@@ -140,11 +140,16 @@ impl Agent for Service {
     async fn list_processes(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<ListProcessesResponse> {
         let pids = self.containers.cgroup(&request.container_id)?.processes();
         let pids = pids.map_err(|error| Error::io("cannot list the processes", error))?;
-        Ok(ListProcessesResponse { pids, ..Default::default() })
+        Ok(ListProcessesResponse { processes: processes::describe(&pids), ..Default::default() })
     }
 
     async fn stats(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<StatsResponse> {
         Ok(stats::read(self.containers.cgroup(&request.container_id)?.path()))
+    }
+
+    async fn update_container(&self, _: &TtrpcContext, request: UpdateContainerRequest) -> Result<Empty> {
+        self.containers.cgroup(&request.container_id)?.update(&request.resources)?;
+        Ok(Empty::new())
     }
 
     async fn pause(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {

@@ -2,10 +2,16 @@
 
 pub mod cli;
 pub mod config;
-pub mod container;
+pub mod hooks;
 pub mod host;
+pub mod launch;
+pub mod link;
+pub mod pod;
 pub mod process;
 pub mod sandbox;
+pub mod service;
+pub mod standin;
 pub mod state;
+pub mod supervise;
 pub mod timings;
 pub mod watcher;

@@ -4,9 +4,8 @@
 //! It waits on a pidfd of the sandbox process; a byte on a pipe tells it that nothing is left to do.
 //! If it is killed itself, the sandbox process cleans up as always; if both are, the next `katavm` command does.
 
-use std::fs::File;
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
@@ -30,31 +29,25 @@ pub struct Watcher {
     pipe: PipeWriter,
 }
 
-/// Which process the caller is from now on.
-pub enum Role {
-    /// The sandbox process, with its state and its watcher.
-    Sandbox(StateDir, Watcher),
-    /// The watcher, whose work is done: return from `main`.
-    Watcher,
-}
-
-/// Forks the watcher. It returns in both processes: in the watcher's when the sandbox process has ended.
+/// Forks the watcher, which ends when the sandbox process has ended. Returns in the sandbox process only, with its state.
 ///
 /// # Errors
 /// Those of pidfd_open(2), pipe2(2) and fork(2).
-pub fn start(state: StateDir) -> Result<Role, WatcherError> {
+pub fn start(state: StateDir) -> Result<(StateDir, Watcher), WatcherError> {
     let sandbox = host::pidfd_of_self()?;
     let (reader, writer) = io::pipe()?;
     let terminal = Terminal::of_stdin();
     match host::fork()? {
-        host::Fork::Parent(pid) => Ok(Role::Sandbox(state, Watcher { pid, pipe: writer })),
+        host::Fork::Parent(pid) => Ok((state, Watcher { pid, pipe: writer })),
         host::Fork::Child => {
             drop(writer);
             let remains = state.remains();
             state.disown();
             host::set_process_name(c"katavm-watcher");
             host::ignore_all_signals();
-            detach(&[sandbox.as_fd(), reader.as_fd()], terminal.as_ref());
+            let mut kept = vec![sandbox.as_fd(), reader.as_fd()];
+            kept.extend(terminal.as_ref().map(|terminal| terminal.fd.as_fd()));
+            host::detach(&kept);
             if watch(&sandbox, reader) == End::Unannounced {
                 if let Some(terminal) = terminal {
                     terminal.restore();
@@ -62,7 +55,7 @@ pub fn start(state: StateDir) -> Result<Role, WatcherError> {
                 // There is nobody to tell; the next command tries again.
                 let _ = remains.clean_up();
             }
-            Ok(Role::Watcher)
+            host::exit_now(0)
         }
     }
 }
@@ -81,37 +74,6 @@ impl Drop for Watcher {
 enum End {
     Announced,
     Unannounced,
-}
-
-/// Lets go of everything that belongs to the sandbox process' user: session, directory, and all descriptors but these.
-fn detach(kept: &[BorrowedFd<'_>], terminal: Option<&Terminal>) {
-    // It leads no group yet, so this cannot fail; staying in the session would only mean more signals to ignore.
-    let _ = rustix::process::setsid();
-    let _ = rustix::process::chdir("/");
-    let mut keep: Vec<_> = kept.iter().map(AsRawFd::as_raw_fd).collect();
-    keep.extend(terminal.map(|terminal| terminal.fd.as_raw_fd()));
-    if let Ok(null) = File::options().read(true).write(true).open("/dev/null") {
-        let _ = rustix::stdio::dup2_stdin(&null);
-        let _ = rustix::stdio::dup2_stdout(&null);
-        let _ = rustix::stdio::dup2_stderr(&null);
-    }
-    keep.sort_unstable();
-    let mut first = 3;
-    for fd in keep {
-        close_range(first, fd - 1);
-        first = fd + 1;
-    }
-    close_range(first, i32::MAX);
-}
-
-fn close_range(first: i32, last: i32) {
-    if let (Ok(first), Ok(last)) = (libc::c_uint::try_from(first), libc::c_uint::try_from(last))
-        && first <= last
-    {
-        // SAFETY: no descriptor of the range is used again: this process only watches, and its Rust values that own
-        // descriptors are those it keeps. close_range(2) takes no pointer; where it is missing they stay open.
-        unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
-    }
 }
 
 fn watch(sandbox: &OwnedFd, mut pipe: PipeReader) -> End {

@@ -12,16 +12,15 @@ use async_trait::async_trait;
 use katavm_protocol::agent::{
     CheckRequest, CheckResponse, ContainerRequest, CreateContainerRequest, CreateExecRequest, CreateSandboxRequest,
     Empty, Event, Exit, ListProcessesResponse, ProcessRequest, ProcessResponse, Ready, ResizeTerminalRequest,
-    SignalRequest, StatsResponse, Stdio, StreamHello, StreamKind, StreamReply, WaitResponse,
+    SignalRequest, StatsResponse, Stdio, StreamHello, StreamKind, StreamReply, UpdateContainerRequest, WaitResponse,
 };
 use katavm_protocol::agent_ttrpc::{Agent, create_agent};
 use katavm_protocol::{frame, ports};
-use katavm_runtime::container::{self, ContainerError, Job, Step, Streams};
-use katavm_runtime::process::signals::Signals;
+use katavm_runtime::pod::{Io, NewContainer, Phase, Pod, PodError};
 use katavm_runtime::process::stdio::Inherited;
-use katavm_runtime::process::terminal::WindowSize;
 use katavm_runtime::sandbox::vm::{Dial, Machine};
 use katavm_runtime::sandbox::{Sandbox, SandboxError};
+use katavm_runtime::state::{Journal, Record, StateRoot, Status};
 use katavm_vmm::ExitReason;
 use rustix::event::{EventfdFlags, eventfd};
 use tokio::sync::{mpsc, watch};
@@ -164,6 +163,9 @@ impl Agent for Service {
     async fn stats(&self, _: &TtrpcContext, _: ContainerRequest) -> ttrpc::Result<StatsResponse> {
         unimplemented!()
     }
+    async fn update_container(&self, _: &TtrpcContext, _: UpdateContainerRequest) -> ttrpc::Result<Empty> {
+        unimplemented!()
+    }
     async fn pause(&self, _: &TtrpcContext, _: ContainerRequest) -> ttrpc::Result<Empty> {
         unimplemented!()
     }
@@ -176,8 +178,9 @@ impl Agent for Service {
 }
 
 struct Outcome {
-    result: Result<u32, ContainerError>,
-    steps: Vec<&'static str>,
+    result: Result<u32, PodError>,
+    /// What was written down when the container had been made, and at its end.
+    written: Vec<Status>,
     end: Option<ExitReason>,
     signals: Vec<u32>,
     wanted: Stdio,
@@ -188,65 +191,69 @@ struct Setup {
     refuse: Option<&'static str>,
     stdin: Option<OwnedFd>,
     stdout: Option<OwnedFd>,
+    /// Sent one after the other while the container runs.
+    signals: Vec<i32>,
 }
 
-/// Runs `program` as a container, on a thread of its own for the sake of its signal mask.
+/// Runs `program` as a container, as a sandbox process does it.
 fn run(setup: Setup, program: impl FnOnce(HashMap<i32, UnixStream>, &Guest) -> u32 + Send + 'static) -> Outcome {
-    std::thread::spawn(move || run_here(setup, Box::new(program))).join().unwrap()
-}
-
-fn run_here(setup: Setup, program: Program) -> Outcome {
-    let signals = Signals::block().unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let (rpc, mut connections) = mpsc::unbounded_channel::<UnixStream>();
     let guest = Arc::new(Guest {
         end: eventfd(0, EventfdFlags::CLOEXEC).unwrap(),
         reason: Mutex::default(),
         streams: Mutex::default(),
-        program: Mutex::new(Some(program)),
+        program: Mutex::new(Some(Box::new(program))),
         refuse: setup.refuse,
         exit: watch::Sender::new(None),
         signals: Mutex::default(),
         wanted: Mutex::default(),
         rpc,
     });
-    let machine = Handle(Arc::clone(&guest));
-    let job = Job {
-        id: "c1".into(),
-        spec: b"{}".to_vec(),
-        hostname: String::new(),
-        stdio: Inherited { stdin: setup.stdin, stdout: setup.stdout, stderr: None },
-        terminal: None,
-        fallback_size: WindowSize::default(),
-    };
-    let mut steps = Vec::new();
-    let mut progress = |step: Step| {
-        steps.push(match step {
-            Step::Ready(ready) => {
-                assert_eq!(ready.kernel_release, "6.12");
-                "ready"
-            }
-            Step::Created => "created",
-            Step::Running => "running",
-            Step::Exited => "exited",
-        });
-    };
+    let dir = tempfile::tempdir().unwrap();
+    let id = "c1".parse().unwrap();
+    let root = StateRoot::open(dir.path().join("state")).unwrap();
+    let record = Record::new(&id, dir.path(), dir.path());
+    let journal = Journal::new(root.claim(&id).unwrap(), record);
+    let io = Io::plain(Inherited { stdin: setup.stdin, stdout: setup.stdout, stderr: None });
+    let mut written = Vec::new();
     let result = runtime.block_on(async {
         let service = create_agent(Arc::new(Service(Arc::clone(&guest))));
         let accepted = futures_stream(&mut connections).await;
         let mut server = ttrpc::r#async::Server::new().add_listener(accepted).register_service(service);
         server.start().await.unwrap();
-        let sandbox = Sandbox::new(&machine, Arc::new(Handle(Arc::clone(&guest)))).unwrap();
-        let signals = signals.listen().unwrap();
+        let handle = || Arc::new(Handle(Arc::clone(&guest)));
+        let sandbox = Arc::new(Sandbox::new(handle(), handle()).unwrap());
         let ready = |_| Ok(Ready { kernel_release: "6.12".into(), ..Default::default() });
-        let mut streams = Streams::default();
-        let exit = container::run(&sandbox, ready, job, &signals, &mut streams, &mut progress).await;
-        streams.drained().await;
-        exit.map(|exit| exit.status)
+        let (pod, ready) = Pod::prepare(&sandbox, ready, "").await.unwrap();
+        assert_eq!(ready.kernel_release, "6.12");
+        let new = NewContainer { id: "c1".into(), spec: b"{}".to_vec(), io, link: None, journal };
+        let lives = async {
+            let process = pod.create(new).await?;
+            let container = pod.container("c1").unwrap();
+            written.push(container.status());
+            process.start().await?;
+            for signal in &setup.signals {
+                process.signal(*signal).await?;
+            }
+            pod.deserted().await;
+            written.push(container.status());
+            match process.phase() {
+                Phase::Stopped(exit) => Ok(exit.status),
+                phase => panic!("{phase:?}"),
+            }
+        };
+        let result = tokio::select! {
+            ended = sandbox.ended() => Err(ended.into()),
+            result = lives => result,
+        };
+        sandbox.shut_down(Some(pod.agent())).await;
+        pod.drained().await;
+        result
     });
     let (end, signals) = (guest.reason.lock().unwrap().clone(), guest.signals.lock().unwrap().clone());
     let wanted = guest.wanted.lock().unwrap().clone();
-    Outcome { result, steps, end, signals, wanted }
+    Outcome { result, written, end, signals, wanted }
 }
 
 /// The connections that the dialler makes, as a listener.
@@ -288,7 +295,7 @@ fn a_container_runs_and_its_output_is_whole() {
         7
     });
     assert_eq!(outcome.result.unwrap(), 7);
-    assert_eq!(outcome.steps, ["ready", "created", "running", "exited"]);
+    assert_eq!(outcome.written, [Status::Created, Status::Stopped]);
     assert_eq!(outcome.end, Some(ExitReason::Orderly));
     assert!(outcome.wanted.stdin && outcome.wanted.stdout && !outcome.wanted.stderr);
     feeder.join().unwrap();
@@ -301,7 +308,7 @@ fn a_refusal_is_told_and_the_guest_ended() {
     let refusal = "exec: \"foo\": executable file not found in $PATH";
     let outcome = run(Setup { refuse: Some(refusal), ..Default::default() }, |_, _| 0);
     assert_eq!(outcome.result.unwrap_err().to_string(), refusal);
-    assert_eq!(outcome.steps, ["ready"]);
+    assert_eq!(outcome.written, []);
     assert_eq!(outcome.end, Some(ExitReason::Orderly));
 }
 
@@ -315,7 +322,7 @@ fn a_guest_that_fails_is_told_with_its_reason_and_its_output_so_far() {
         0
     });
     let error = outcome.result.unwrap_err();
-    assert!(matches!(error, ContainerError::Sandbox(SandboxError::Ended { reason: ExitReason::Panic, .. })));
+    assert!(matches!(error, PodError::Sandbox(SandboxError::Ended { reason: ExitReason::Panic, .. })));
     assert!(error.to_string().ends_with("\n  | last words"), "{error}");
     let mut text = String::new();
     reader.read_to_string(&mut text).unwrap();
@@ -324,32 +331,15 @@ fn a_guest_that_fails_is_told_with_its_reason_and_its_output_so_far() {
 
 #[test]
 fn signals_are_passed_on_in_order() {
-    let outcome = std::thread::spawn(|| {
-        // The container's program signals the thread that reads signals, which is this one.
-        // SAFETY: pthread_self has no preconditions.
-        let this = unsafe { libc::pthread_self() };
-        let signal = move |number| {
-            // SAFETY: the thread waits for the program's end, so it lives.
-            assert_eq!(unsafe { libc::pthread_kill(this, number) }, 0);
-        };
-        run_here(
-            Setup::default(),
-            Box::new(move |_, guest| {
-                for (index, number) in [libc::SIGUSR1, libc::SIGTERM, libc::SIGRTMIN() + 2].into_iter().enumerate() {
-                    signal(number);
-                    while guest.signals.lock().unwrap().len() <= index {
-                        std::thread::yield_now();
-                    }
-                }
-                137
-            }),
-        )
-    })
-    .join()
-    .unwrap();
+    let signals = vec![libc::SIGUSR1, libc::SIGTERM, libc::SIGRTMIN() + 2];
+    let outcome = run(Setup { signals: signals.clone(), ..Default::default() }, |_, guest| {
+        while guest.signals.lock().unwrap().len() < 3 {
+            std::thread::yield_now();
+        }
+        137
+    });
     assert_eq!(outcome.result.unwrap(), 137);
-    let expected = [libc::SIGUSR1, libc::SIGTERM, libc::SIGRTMIN() + 2].map(i32::unsigned_abs);
-    assert_eq!(outcome.signals, expected);
+    assert_eq!(outcome.signals, signals.iter().map(|signal| signal.unsigned_abs()).collect::<Vec<_>>());
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use katavm_runtime::state::StateRoot;
-use katavm_runtime::watcher::{self, Role};
+use katavm_runtime::watcher;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
@@ -35,17 +35,13 @@ fn main() -> ExitCode {
 fn sandbox(root: &Path) -> ExitCode {
     let root = StateRoot::open(root.into()).unwrap();
     let state = root.claim(&"c1".parse().unwrap()).unwrap();
-    match watcher::start(state).unwrap() {
-        Role::Watcher => ExitCode::SUCCESS,
-        Role::Sandbox(state, watcher) => {
-            println!("{}", children(std::process::id()).first().unwrap());
-            std::io::stdin().read_to_end(&mut Vec::new()).unwrap();
-            drop(state);
-            drop(watcher);
-            assert!(children(std::process::id()).is_empty());
-            ExitCode::from(7)
-        }
-    }
+    let (state, watcher) = watcher::start(state).unwrap();
+    println!("{}", children(std::process::id()).first().unwrap());
+    std::io::stdin().read_to_end(&mut Vec::new()).unwrap();
+    drop(state);
+    drop(watcher);
+    assert!(children(std::process::id()).is_empty());
+    ExitCode::from(7)
 }
 
 struct Case {

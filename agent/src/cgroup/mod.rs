@@ -3,6 +3,7 @@
 pub mod devices;
 pub mod oom;
 pub mod stats;
+mod update;
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek};
@@ -12,6 +13,8 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::error::Error;
 
 /// The mount point of the cgroup tree.
 pub const ROOT: &str = "/sys/fs/cgroup";
@@ -90,6 +93,14 @@ impl Cgroup {
         let value = if frozen { "1" } else { "0" };
         fs::write(self.path.join("cgroup.freeze"), value)?;
         self.wait_for_event(&format!("frozen {value}"), Duration::from_secs(10))
+    }
+
+    /// Changes its limits: those that `resources` names (JSON, `linux.resources` of the runtime specification).
+    ///
+    /// # Errors
+    /// What is no such object, or a value that the kernel refuses.
+    pub fn update(&self, resources: &[u8]) -> Result<(), Error> {
+        update::apply(self, resources)
     }
 
     /// Waits until it has no process, and removes it with the groups that were made below it.

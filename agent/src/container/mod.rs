@@ -3,6 +3,7 @@
 mod directory;
 mod launch;
 mod process;
+pub mod processes;
 mod registry;
 pub mod spec;
 

@@ -337,7 +337,7 @@ async fn exec_failures(agent: &Agent) {
     let outcome = agent.exec("c1", "e1", &process(&["/etc/broken"])).await;
     assert_eq!(outcome.stderr, "exec /etc/broken: exec format error\n");
     assert_eq!(outcome.status, 127);
-    assert_eq!(agent.client.list_processes(soon(), &container("c1")).await.unwrap().pids.len(), 1);
+    assert_eq!(agent.client.list_processes(soon(), &container("c1")).await.unwrap().processes.len(), 1);
     agent.remove("c1").await;
 }
 
@@ -653,10 +653,10 @@ async fn kill_all(agent: &Agent) {
     read_until(&mut stdout, "up");
     let request = |signal| SignalRequest { container_id: "c1".into(), signal, all: true, ..Default::default() };
     assert_eq!(status(agent.client.signal(soon(), &request(99)).await.unwrap_err()).0, Code::INVALID_ARGUMENT);
-    assert_eq!(agent.client.list_processes(soon(), &container("c1")).await.unwrap().pids.len(), 3);
+    assert_eq!(agent.client.list_processes(soon(), &container("c1")).await.unwrap().processes.len(), 3);
     agent.client.signal(soon(), &request(15)).await.unwrap();
     assert_eq!(agent.wait("c1", "").await.status, 3);
-    assert!(agent.client.list_processes(soon(), &container("c1")).await.unwrap().pids.is_empty());
+    assert!(agent.client.list_processes(soon(), &container("c1")).await.unwrap().processes.is_empty());
     agent.remove("c1").await;
 }
 

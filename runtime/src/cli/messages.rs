@@ -16,8 +16,8 @@ use super::arguments::{Global, LogFormat};
 /// When the file cannot be opened.
 pub fn start(global: &Global) -> anyhow::Result<()> {
     let file = global.log.as_deref().map(open).transpose()?;
-    let logger = Box::new(Logger { file, format: global.log_format, level: global.log_level });
-    log::set_max_level(global.log_level);
+    let logger = Box::new(Logger { file, format: global.log_format, level: global.level() });
+    log::set_max_level(global.level());
     // Fails only if it was done before: then messages already go where they should.
     let _ = log::set_boxed_logger(logger);
     Ok(())
@@ -96,7 +96,16 @@ fn file_line(format: LogFormat, level: Level, message: &str, now: SystemTime) ->
 
 /// UTC, to the second.
 fn rfc3339(time: SystemTime) -> String {
-    let seconds = time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    date(time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()) + "Z"
+}
+
+/// UTC, to the nanosecond, from nanoseconds since the epoch.
+pub fn rfc3339_ns(time: u64) -> String {
+    const SECOND: u64 = 1_000_000_000;
+    format!("{}.{:09}Z", date(time / SECOND), time % SECOND)
+}
+
+fn date(seconds: u64) -> String {
     let (days, second) = (seconds / 86_400, seconds % 86_400);
     // The Gregorian calendar in eras of 400 years (146097 days) that begin on 1 March, so that leap days come last.
     let shifted = days + 719_468;
@@ -108,7 +117,7 @@ fn rfc3339(time: SystemTime) -> String {
     let month = if from_march < 10 { from_march + 3 } else { from_march - 9 };
     let year = era * 400 + year_of_era + u64::from(month <= 2);
     let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
-    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}")
 }
 
 #[cfg(test)]

@@ -1,10 +1,23 @@
 //! The command line.
 
 mod arguments;
+mod background;
 mod check;
+mod console;
+mod control;
+mod create;
+mod delete;
+mod events;
+mod exec;
+mod features;
 mod gc;
 mod messages;
+mod pid_file;
+mod ps;
 mod run;
+mod spec;
+mod state;
+mod update;
 
 use std::process::ExitCode;
 
@@ -12,9 +25,11 @@ use anyhow::Context;
 use clap::Parser;
 
 use crate::host;
-use crate::state::{self, StateRoot};
+use crate::launch;
+use crate::sandbox::plan::SizeOptions;
+use crate::state::{Found, Id, StateRoot};
 use crate::timings::Timings;
-use arguments::{Arguments, Command, Global};
+use arguments::{Arguments, Command, Global, Machine};
 
 /// What every failure of katavm itself ends with, as with runc.
 const FAILURE: u8 = 1;
@@ -22,6 +37,7 @@ const FAILURE: u8 = 1;
 /// Runs the command line of this process.
 #[must_use]
 pub fn main() -> ExitCode {
+    host::note_inherited();
     let timings = Timings::start();
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
@@ -49,6 +65,20 @@ fn dispatch(arguments: Arguments, timings: Timings) -> anyhow::Result<u8> {
     }
     match command {
         Command::Run(options) => run::run(&global, options, timings),
+        Command::Create(options) => create::create(&global, options),
+        Command::Start(options) => control::start(&global, &options.id),
+        Command::State(options) => state::state(&global, &options.id),
+        Command::List(options) => state::list(&global, &options),
+        Command::Ps(options) => ps::ps(&global, &options),
+        Command::Exec(options) => exec::exec(&global, options),
+        Command::Kill(options) => control::kill(&global, &options),
+        Command::Delete(options) => delete::delete(&global, &options),
+        Command::Pause(options) => control::pause(&global, &options.id),
+        Command::Resume(options) => control::resume(&global, &options.id),
+        Command::Update(options) => update::update(&global, &options),
+        Command::Events(options) => events::events(&global, &options),
+        Command::Spec(options) => spec::spec(&options),
+        Command::Features => features::features(),
         Command::Check(options) => Ok(check::check(&global, &options)),
         Command::Gc => gc::gc(&global),
     }
@@ -56,10 +86,21 @@ fn dispatch(arguments: Arguments, timings: Timings) -> anyhow::Result<u8> {
 
 /// Opens the state root and removes what dead sandboxes left in it.
 fn state_root(global: &Global) -> anyhow::Result<StateRoot> {
-    let root = StateRoot::open(global.root.clone().unwrap_or_else(state::default_root))?;
+    let root = StateRoot::open(global.root.clone().unwrap_or_else(crate::state::default_root))?;
     let swept = root.sweep().context("cannot sweep up after dead containers")?;
     for id in swept {
         log::info!("removed what was left of container {id}");
     }
     Ok(root)
+}
+
+/// A container that must be there.
+fn find(global: &Global, id: &Id) -> anyhow::Result<Found> {
+    Ok(state_root(global)?.find(id)?)
+}
+
+fn launch_options(global: &Global, machine: Machine, console: bool) -> launch::Options {
+    let Machine { cpus, memory, kernel, initrd } = machine;
+    let size = SizeOptions { memory, cpus };
+    launch::Options { size, kernel, initrd, console, systemd_cgroup: global.systemd_cgroup }
 }

@@ -1,138 +1,104 @@
 //! `katavm run`
 
 use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
-use anyhow::Context;
-use katavm_protocol::agent::Exit;
-use katavm_vmm::{ExitReason, Microvm};
+use anyhow::{Context, bail};
 
 use super::arguments::{Global, Run, TimingsFormat};
-use super::state_root;
-use crate::config::Bundle;
-use crate::container::{self, ContainerError, Job, Step, Streams};
+use super::{background, control, launch_options, pid_file, state_root};
+use crate::hooks::{self, Point};
+use crate::launch::Launch;
+use crate::pod::Io;
 use crate::process::signals::Signals;
 use crate::process::stdio::Inherited;
-use crate::process::terminal::{Terminal, WindowSize};
-use crate::sandbox::image::GuestImage;
-use crate::sandbox::plan::{Plan, SizeOptions};
-use crate::sandbox::vm::{self, Boot, Started};
-use crate::sandbox::{Sandbox, SandboxError, probe, share};
-use crate::state::{Id, Record, StateDir, Status};
-use crate::timings::{self, Timings};
-use crate::watcher::{self, Role};
-
-/// How long what a failed guest has sent is waited for.
-const LEFTOVER_PATIENCE: Duration = Duration::from_secs(2);
+use crate::process::terminal::Terminal;
+use crate::sandbox::probe;
+use crate::state::{Id, Journal, Status};
+use crate::supervise::{self, Mode, Outside};
+use crate::timings::Timings;
+use crate::watcher;
 
 /// Runs a bundle's container; its exit code.
 ///
 /// # Errors
 /// Whatever keeps it from running to its end.
 pub fn run(global: &Global, options: Run, mut timings: Timings) -> anyhow::Result<u8> {
-    let bundle = Bundle::load(&options.bundle)?;
-    for field in &bundle.unhonoured {
-        log::warn!("{field}");
+    let (bundle, id) = target(&options)?;
+    let Run { detach, keep, front, machine, console, timings: told, .. } = options;
+    let launch = Launch::plan(id, &bundle, launch_options(global, machine, console))?;
+    if detach {
+        background::make(global, &launch, &front)?;
+        if let Err(error) = control::start(global, &launch.id) {
+            super::delete::by_force(&state_root(global)?, &launch.id)?;
+            return Err(error);
+        }
+        return Ok(0);
     }
-    let plan = Plan::new(&bundle, SizeOptions { memory: options.memory, cpus: options.cpus })?;
-    let terminal = plan.terminal.then(|| Terminal::new(std::io::stdin())).transpose()?;
-    let image = GuestImage::find(options.kernel, options.initrd)?;
-    let id = options.id.map_or_else(Id::random, Ok).context("cannot make up a container id")?;
+    if front.console_socket.is_some() {
+        bail!("cannot use console socket if katavm will not detach or allocate tty");
+    }
+    if front.preserve_fds > 0 {
+        bail!("--preserve-fds: descriptors of the host mean nothing in a guest with a kernel of its own");
+    }
+    let terminal = launch.plan.terminal.then(|| Terminal::new(std::io::stdin())).transpose()?;
 
     let signals = Signals::block()?;
     let root = state_root(global)?;
+    let state = root.claim(&launch.id)?;
+    let (stand_in, link) = launch.start_stand_in(None)?;
     // Dropped last: it sees that all else is gone.
-    let (state, _watcher) = match watcher::start(root.claim(&id)?)? {
-        Role::Sandbox(state, watcher) => (state, watcher),
-        Role::Watcher => return Ok(0),
-    };
-    let mut record = Record::new(&id, &bundle.path);
-    state.write(&record)?;
-
+    let (state, _watcher) = watcher::start(state)?;
+    if let Some(path) = &front.pid_file {
+        pid_file::write(path, stand_in.as_raw_nonzero().get())?;
+    }
+    let mut record = background::recorded(&launch, stand_in);
+    record.kept = keep;
+    let hooks = record.hooks.clone();
+    let state_now = record.for_hooks(Status::Creating);
+    let directory = state.path().to_owned();
+    let journal = Journal::new(state, record);
+    for point in [Point::Prestart, Point::CreateRuntime, Point::CreateContainer] {
+        hooks::run(hooks.as_ref(), point, &state_now)
+            .inspect_err(|_| hooks::run_all(hooks.as_ref(), Point::Poststop, &state_now))?;
+    }
+    launch.enter_cgroup(stand_in.as_raw_nonzero().get().unsigned_abs())?;
     probe::ensure(&root)?;
-    let console = options.console.then(|| std::os::fd::AsFd::as_fd(&std::io::stderr()).try_clone_to_owned());
-    let console = console.transpose().context("cannot duplicate standard error")?;
-    let boot = Boot { image, size: plan.size, share: share::open(&plan.exports)?, console };
-    let started = vm::boot(boot)?;
-    let job = Job {
-        id: id.to_string(),
-        spec: plan.guest_spec,
-        hostname: bundle.spec.hostname().clone().unwrap_or_default(),
+    let io = Io {
         stdio: Inherited::take().context("cannot duplicate the standard streams")?,
-        terminal,
-        fallback_size: console_size(&bundle),
+        terminal: terminal.map(Arc::new),
+        fallback_size: launch.console_size(),
     };
-    let outcome = supervise(started, job, signals, &state, &mut record, &mut timings);
-    tell(&timings, options.timings);
-    let exit = outcome.map_err(explain)?;
-    Ok(u8::try_from(exit.status).unwrap_or(u8::MAX))
+    let outside = Outside { io, link, signals, journal, directory };
+    let outcome = supervise::supervise(&launch, outside, Mode::Foreground, &mut timings);
+    if !keep {
+        let state_now = launch.record().for_hooks(Status::Stopped);
+        hooks::run_all(hooks.as_ref(), Point::Poststop, &state_now);
+    }
+    tell(&timings, told);
+    // It ends with its link; nobody else waits for it.
+    let _ = rustix::process::waitpid(Some(stand_in), rustix::process::WaitOptions::empty());
+    Ok(u8::try_from(outcome?.status).unwrap_or(u8::MAX))
 }
 
-/// Runs the container and ends the virtual machine.
-fn supervise(
-    started: Started,
-    job: Job,
-    signals: Signals,
-    state: &StateDir,
-    record: &mut Record,
-    timings: &mut Timings,
-) -> anyhow::Result<Exit> {
-    let Started { vm, host, ready } = started;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let runtime = runtime.context("cannot start the runtime for the agent's service")?;
-    let mut streams = Streams::default();
-    let mut progress = |step| note(step, timings, state, record);
-    let outcome = runtime.block_on(async {
-        let signals = signals.listen()?;
-        let sandbox = Sandbox::new(&vm, Arc::new(host))?;
-        let ready = move |patience| ready.wait(patience);
-        let exit = container::run(&sandbox, ready, job, &signals, &mut streams, &mut progress).await;
-        anyhow::Ok(exit?)
-    });
-    finish(vm, timings);
-    // The streams have ended with the machine: what was on its way is written still.
-    let leftover = runtime.block_on(async { tokio::time::timeout(LEFTOVER_PATIENCE, streams.drained()).await });
-    if leftover.is_err() {
-        log::warn!("nobody reads what the container wrote last");
+/// Which bundle, and under which id: `run BUNDLE`, or `run [--bundle BUNDLE] ID` as with runc.
+fn target(options: &Run) -> anyhow::Result<(PathBuf, Id)> {
+    let is_bundle = |path: &Path| path.components().count() != 1 || path.join("config.json").exists();
+    if options.front.bundle.is_none() && (options.id.is_some() || is_bundle(&options.target)) {
+        let id = options.id.clone().map_or_else(Id::random, Ok).context("cannot make up a container id")?;
+        return Ok((options.target.clone(), id));
     }
-    // Threads that wait for a guest that is gone need not be waited for.
-    runtime.shutdown_background();
-    outcome
-}
-
-fn note(step: Step, timings: &mut Timings, state: &StateDir, record: &mut Record) {
-    match step {
-        Step::Ready(ready) => {
-            let now = katavm_vmm::now();
-            timings.mark_at(timings::AGENT_READY, now);
-            // The guest's clock starts with its kernel: counted back from when its report arrived.
-            timings.mark_at(timings::GUEST_CLOCK, now.saturating_sub(ready.ready_ns));
-            let since_main = ready.ready_ns.saturating_sub(ready.agent_main_ns);
-            timings.mark_at(timings::AGENT_MAIN, now.saturating_sub(since_main));
-            timings.fact("guest_kernel", ready.kernel_release);
-        }
-        Step::Created => timings.mark(timings::CREATED),
-        Step::Running => {
-            timings.mark(timings::RUNNING);
-            record.status = Status::Running;
-        }
-        Step::Exited => {
-            timings.mark(timings::EXITED);
-            record.status = Status::Stopped;
-        }
+    if options.id.is_some() {
+        bail!("give the container's name once: with --id, or with --bundle and as the argument");
     }
-    if let Err(error) = state.write(record) {
-        log::warn!("{error}");
+    let bundle = options.front.bundle.clone().unwrap_or_else(|| PathBuf::from("."));
+    if options.front.bundle.is_none() && !bundle.join("config.json").exists() {
+        // Nothing but a bundle was meant: its own error is the helpful one.
+        return Ok((options.target.clone(), Id::random().context("cannot make up a container id")?));
     }
-}
-
-/// Ends the machine for good and notes what it knows.
-fn finish(vm: Microvm, timings: &mut Timings) {
-    timings.mark_at(timings::VM_CREATED, vm.timeline().vm_created());
-    timings.mark_at(timings::FIRST_RUN, vm.timeline().first_run());
-    timings.mark_at(timings::VM_ENDED, vm.timeline().ended());
-    timings.fact("kvm_exits", vm.exits());
+    let name = options.target.to_str().context("a container's name must be UTF-8")?;
+    Ok((bundle, name.parse()?))
 }
 
 fn tell(timings: &Timings, format: Option<TimingsFormat>) {
@@ -143,25 +109,4 @@ fn tell(timings: &Timings, format: Option<TimingsFormat>) {
     };
     // Nobody reads a closed standard error.
     let _ = std::io::stderr().write_all(text.as_bytes());
-}
-
-/// A KVM that gives up on a guest may be one that cannot run any: that is asked again then.
-fn explain(error: anyhow::Error) -> anyhow::Error {
-    let gave_up = matches!(
-        error.downcast_ref(),
-        Some(ContainerError::Sandbox(SandboxError::Ended { reason: ExitReason::InternalError { .. }, .. }))
-    );
-    if !gave_up {
-        return error;
-    }
-    match katavm_vmm::probe::check(std::path::Path::new(probe::KVM)) {
-        Err(reason) => error.context(reason),
-        Ok(_) => error,
-    }
-}
-
-fn console_size(bundle: &Bundle) -> WindowSize {
-    let size = bundle.spec.process().as_ref().and_then(|process| process.console_size());
-    let number = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
-    size.map(|size| WindowSize { rows: number(size.height()), columns: number(size.width()) }).unwrap_or_default()
 }

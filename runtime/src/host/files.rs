@@ -60,6 +60,14 @@ pub fn open_shared(path: &Path) -> io::Result<(OwnedFd, FileKind)> {
     Ok((fd, kind))
 }
 
+/// A file in memory without a name (memfd_create(2)).
+///
+/// # Errors
+/// Those of memfd_create(2).
+pub fn scratch_file() -> io::Result<std::fs::File> {
+    Ok(rustix::fs::memfd_create("katavm", rustix::fs::MemfdFlags::CLOEXEC)?.into())
+}
+
 /// An error of the system as container runtimes word it: `no such file or directory`.
 #[must_use]
 pub fn system_message(error: &io::Error) -> String {

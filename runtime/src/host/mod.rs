@@ -2,10 +2,21 @@
 //!
 //! No other module of the runtime makes such system calls: this is where a broker process can take over later.
 
+mod cgroup;
 mod files;
 mod limits;
+mod mounts;
+mod namespaces;
 mod processes;
 
-pub use files::{FileKind, open_shared, system_message};
+pub use cgroup::Cgroup;
+pub use files::{FileKind, open_shared, scratch_file, system_message};
 pub use limits::raise_open_files;
-pub use processes::{Fork, fork, ignore_all_signals, kill_and_reap, pidfd_of_self, set_process_name, start_time_ns};
+pub use mounts::{attach_inside, change_root, clone_tree, make_read_only, new_proc, receive_mounts_only};
+pub use namespaces::{
+    enter_new_namespaces, fork_into_pid_namespace, join_namespace, open_namespace, run_in_namespaces_of,
+};
+pub use processes::{
+    Fork, close_inherited, detach, exit_now, fork, ignore_all_signals, kill, kill_and_reap, let_go_of_streams,
+    note_inherited, pidfd_of_self, set_process_name, start_time_ns, wait_for_end,
+};

@@ -1,7 +1,8 @@
 //! Processes and signals.
 
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use nix::sys::signal::{SigHandler, Signal, signal};
@@ -51,10 +52,118 @@ pub fn ignore_all_signals() {
     }
 }
 
+/// Lets go of everything that belongs to the user of the process that forked this one: session, directory, standard
+/// streams, and all descriptors but these.
+pub fn detach(kept: &[BorrowedFd<'_>]) {
+    // It leads no group yet, so this cannot fail; staying in the session would only mean more signals to ignore.
+    let _ = rustix::process::setsid();
+    let _ = rustix::process::chdir("/");
+    // Without /dev/null the streams stay as they are: nothing reads or writes them.
+    let _ = let_go_of_streams();
+    let mut kept: Vec<_> = kept.iter().map(AsRawFd::as_raw_fd).collect();
+    kept.sort_unstable();
+    let mut first = 3;
+    for fd in kept {
+        close_range(first, fd - 1);
+        first = fd + 1;
+    }
+    close_range(first, i32::MAX);
+}
+
+/// Makes the standard streams lead nowhere.
+///
+/// # Errors
+/// When /dev/null cannot be opened.
+pub fn let_go_of_streams() -> io::Result<()> {
+    let null = File::options().read(true).write(true).open("/dev/null")?;
+    rustix::stdio::dup2_stdin(&null)?;
+    rustix::stdio::dup2_stdout(&null)?;
+    rustix::stdio::dup2_stderr(&null)?;
+    Ok(())
+}
+
+/// The descriptors above the standard streams that this process was started with.
+static INHERITED: std::sync::OnceLock<Vec<i32>> = std::sync::OnceLock::new();
+
+/// Notes which descriptors this process was started with: call it first of all.
+pub fn note_inherited() {
+    let list = std::fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
+    let numbers = list.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    // The directory's own descriptor is in its list, and closed by now.
+    let open = numbers.filter(|fd| *fd > 2 && rustix::io::fcntl_getfd(borrow(*fd)).is_ok()).collect();
+    // Noted once only.
+    let _ = INHERITED.set(open);
+}
+
+fn borrow<'a>(fd: i32) -> BorrowedFd<'a> {
+    // SAFETY: it is only asked whether it is open, which no number can upset.
+    unsafe { BorrowedFd::borrow_raw(fd) }
+}
+
+/// Closes the descriptors that this process was started with, standard streams apart: a process that stays must
+/// not hold somebody's pipe open.
+pub fn close_inherited() {
+    for fd in INHERITED.get().into_iter().flatten() {
+        close_range(*fd, *fd);
+    }
+}
+
+fn close_range(first: i32, last: i32) {
+    if let (Ok(first), Ok(last)) = (libc::c_uint::try_from(first), libc::c_uint::try_from(last))
+        && first <= last
+    {
+        // SAFETY: no descriptor of the range is used again: a forked child that detaches uses those that it keeps
+        // and ends by `exit_now`, and nothing in this process owns what it was started with. close_range(2) takes
+        // no pointer; where it is missing they stay open.
+        unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+    }
+}
+
+/// Ends a forked child (_exit(2)): nothing that its stack inherited is dropped, as it all belongs to the parent.
+pub fn exit_now(code: u8) -> ! {
+    // SAFETY: it ends the process and touches no memory.
+    unsafe { libc::_exit(code.into()) }
+}
+
 /// Names the calling thread (prctl(2), `PR_SET_NAME`): at most 15 bytes.
 pub fn set_process_name(name: &std::ffi::CStr) {
     // A name is for people only; nothing depends on it.
     let _ = rustix::thread::set_name(name);
+}
+
+/// Waits for the end of a process that may be nobody's child here, for at most `patience`; whether it has ended.
+///
+/// # Errors
+/// Those of pidfd_open(2) and poll(2).
+pub fn wait_for_end(pid: u32, patience: Duration) -> io::Result<bool> {
+    let Some(pidfd) = pidfd_of(pid)? else { return Ok(true) };
+    ends_within(&pidfd, patience)
+}
+
+/// Kills a process (SIGKILL); that there is none is no error.
+///
+/// # Errors
+/// Those of pidfd_open(2) and pidfd_send_signal(2).
+pub fn kill(pid: u32) -> io::Result<()> {
+    match pidfd_of(pid)?.map(|pidfd| pidfd_send_signal(&pidfd, rustix::process::Signal::KILL)) {
+        None | Some(Ok(()) | Err(rustix::io::Errno::SRCH)) => Ok(()),
+        Some(Err(error)) => Err(error.into()),
+    }
+}
+
+fn pidfd_of(pid: u32) -> io::Result<Option<OwnedFd>> {
+    let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return Ok(None) };
+    match pidfd_open(pid, PidfdFlags::empty()) {
+        Ok(pidfd) => Ok(Some(pidfd)),
+        Err(rustix::io::Errno::SRCH) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn ends_within(pidfd: &OwnedFd, patience: Duration) -> io::Result<bool> {
+    let timeout = Timespec { tv_sec: patience.as_secs().cast_signed(), tv_nsec: patience.subsec_nanos().into() };
+    let mut fds = [PollFd::from_borrowed_fd(pidfd.as_fd(), PollFlags::IN)];
+    Ok(poll(&mut fds, Some(&timeout))? > 0)
 }
 
 /// Waits for a child for at most `patience`, kills it then, and takes its exit status away.
@@ -63,9 +172,7 @@ pub fn set_process_name(name: &std::ffi::CStr) {
 /// Those of pidfd_open(2), poll(2) and waitpid(2).
 pub fn kill_and_reap(pid: Pid, patience: Duration) -> io::Result<()> {
     let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
-    let timeout = Timespec { tv_sec: patience.as_secs().cast_signed(), tv_nsec: patience.subsec_nanos().into() };
-    let mut fds = [PollFd::from_borrowed_fd(pidfd.as_fd(), PollFlags::IN)];
-    if poll(&mut fds, Some(&timeout)).unwrap_or(0) == 0 {
+    if !ends_within(&pidfd, patience).unwrap_or(false) {
         // One that ended just now needs no signal.
         let _ = pidfd_send_signal(&pidfd, rustix::process::Signal::KILL);
     }

@@ -4,6 +4,7 @@
 
 use std::io;
 use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 
 use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -47,6 +48,11 @@ pub enum Received {
 }
 
 impl Received {
+    fn of(number: u32) -> Self {
+        let number = i32::try_from(number).unwrap_or_default();
+        if number == libc::SIGWINCH { Self::Resized } else { Self::Forward(number) }
+    }
+
     /// The number, if by custom the signal ends a process that nobody waits for: before the container runs, and
     /// after it has ended, it ends katavm.
     #[must_use]
@@ -77,21 +83,41 @@ impl Signals {
         Ok(Self { fd })
     }
 
+    /// The next one that has arrived already.
+    ///
+    /// # Errors
+    /// Those of reading the descriptor.
+    pub fn take(&self) -> io::Result<Option<Received>> {
+        Ok(self.fd.read_signal()?.map(|info| Received::of(info.ssi_signo)))
+    }
+
     /// Makes them awaitable on the current tokio runtime.
     ///
     /// # Errors
     /// Those of epoll_ctl(2).
     pub fn listen(self) -> Result<Listening, SignalsError> {
-        // SAFETY: a SignalFd is the same open descriptor until it is dropped, and `AsyncFd` owns it from here on.
-        let fd = unsafe { AsyncFd::register_with_interest(self.fd, Interest::READABLE) };
+        // SAFETY: the descriptor inside is the same open one until it is dropped, and `AsyncFd` owns it from here on.
+        let fd = unsafe { AsyncFd::register_with_interest(self, Interest::READABLE) };
         let fd = fd.map_err(io::Error::from)?;
         Ok(Listening { fd })
     }
 }
 
+impl AsFd for Signals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl AsRawFd for Signals {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+}
+
 /// Signals that can be awaited.
 pub struct Listening {
-    fd: AsyncFd<SignalFd>,
+    fd: AsyncFd<Signals>,
 }
 
 impl Listening {
@@ -102,14 +128,9 @@ impl Listening {
     pub async fn next(&self) -> io::Result<Received> {
         loop {
             let mut guard = self.fd.readable().await?;
-            let read = guard.try_io(|fd| match fd.get_ref().read_signal() {
-                Ok(Some(info)) => Ok(info.ssi_signo),
-                Ok(None) => Err(io::ErrorKind::WouldBlock.into()),
-                Err(error) => Err(error.into()),
-            });
-            if let Ok(number) = read {
-                let number = i32::try_from(number?).unwrap_or_default();
-                return Ok(if number == libc::SIGWINCH { Received::Resized } else { Received::Forward(number) });
+            let read = guard.try_io(|signals| signals.get_ref().take()?.ok_or(io::ErrorKind::WouldBlock.into()));
+            if let Ok(received) = read {
+                return received;
             }
         }
     }

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr};
 
@@ -53,9 +54,9 @@ impl Terminal {
     ///
     /// # Errors
     /// Those of tcsetattr(3).
-    pub fn raw(&self) -> Result<RawMode<'_>, TerminalError> {
+    pub fn raw(self: &Arc<Self>) -> Result<RawMode, TerminalError> {
         self.set_raw()?;
-        Ok(RawMode { terminal: self })
+        Ok(RawMode { terminal: Arc::clone(self) })
     }
 
     fn set_raw(&self) -> Result<(), TerminalError> {
@@ -75,11 +76,11 @@ impl Terminal {
 
 /// The terminal is raw for as long as this lives, panics included; the watcher restores it after a SIGKILL.
 #[derive(Debug)]
-pub struct RawMode<'a> {
-    terminal: &'a Terminal,
+pub struct RawMode {
+    terminal: Arc<Terminal>,
 }
 
-impl RawMode<'_> {
+impl RawMode {
     /// Sets it once more: a shell that took the terminal while this process was stopped has changed it.
     ///
     /// # Errors
@@ -89,7 +90,7 @@ impl RawMode<'_> {
     }
 }
 
-impl Drop for RawMode<'_> {
+impl Drop for RawMode {
     fn drop(&mut self) {
         // The terminal may be gone: nobody sees its mode then.
         let _ = tcsetattr(&self.terminal.fd, OptionalActions::Now, &self.terminal.mode);
@@ -119,7 +120,7 @@ mod tests {
     #[test]
     fn the_mode_comes_back_at_the_end_and_after_a_panic() {
         let (_master, slave) = pty();
-        let terminal = Terminal::new(&slave).unwrap();
+        let terminal = Arc::new(Terminal::new(&slave).unwrap());
         assert!(echoes(&slave));
         let raw = terminal.raw().unwrap();
         assert!(!echoes(&slave));
@@ -136,7 +137,7 @@ mod tests {
     #[test]
     fn raw_mode_is_renewed_after_a_shell_had_the_terminal() {
         let (_master, slave) = pty();
-        let terminal = Terminal::new(&slave).unwrap();
+        let terminal = Arc::new(Terminal::new(&slave).unwrap());
         let raw = terminal.raw().unwrap();
         tcsetattr(&slave, OptionalActions::Now, &terminal.mode).unwrap();
         assert!(echoes(&slave));

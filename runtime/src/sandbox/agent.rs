@@ -4,9 +4,10 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+pub use katavm_protocol::agent::Process as GuestProcess;
 use katavm_protocol::agent::{
-    CheckRequest, ContainerRequest, CreateContainerRequest, CreateSandboxRequest, Empty, Exit, ProcessRequest,
-    ResizeTerminalRequest, SignalRequest,
+    CheckRequest, ContainerRequest, CreateContainerRequest, CreateExecRequest, CreateSandboxRequest, Empty, Exit,
+    ProcessRequest, ResizeTerminalRequest, SignalRequest, StatsResponse, UpdateContainerRequest,
 };
 use katavm_protocol::agent_ttrpc::AgentClient;
 use ttrpc::r#async::Client;
@@ -95,45 +96,129 @@ impl Agent {
         Ok(())
     }
 
-    /// Lets a container's process go.
+    /// Makes a further process, which waits to be started.
     ///
     /// # Errors
     /// Any [`AgentError`].
-    pub async fn start_container(&self, id: &str) -> Result<(), AgentError> {
-        let request = ContainerRequest { container_id: id.into(), ..Default::default() };
-        self.client.start_container(with_duration(PATIENCE), &request).await?;
+    pub async fn create_exec(&self, request: &CreateExecRequest) -> Result<(), AgentError> {
+        self.client.create_exec(with_duration(PATIENCE), request).await?;
         Ok(())
     }
 
-    /// Waits for the end of a container's process.
+    /// Kills what still runs in a container and removes it.
     ///
     /// # Errors
     /// Any [`AgentError`].
-    pub async fn wait(&self, id: &str) -> Result<Exit, AgentError> {
-        let request = ProcessRequest { container_id: id.into(), ..Default::default() };
-        let response = self.client.wait(Context::default(), &request).await?;
+    pub async fn remove_container(&self, id: &str) -> Result<(), AgentError> {
+        self.client.remove_container(with_duration(PATIENCE), &container(id)).await?;
+        Ok(())
+    }
+
+    /// Lets a process go: a container's first, or a further one.
+    ///
+    /// # Errors
+    /// Any [`AgentError`].
+    pub async fn start(&self, id: &str, exec_id: &str) -> Result<(), AgentError> {
+        if exec_id.is_empty() {
+            self.client.start_container(with_duration(PATIENCE), &container(id)).await?;
+        } else {
+            self.client.start_exec(with_duration(PATIENCE), &process(id, exec_id)).await?;
+        }
+        Ok(())
+    }
+
+    /// Waits for the end of a process.
+    ///
+    /// # Errors
+    /// Any [`AgentError`].
+    pub async fn wait(&self, id: &str, exec_id: &str) -> Result<Exit, AgentError> {
+        let response = self.client.wait(Context::default(), &process(id, exec_id)).await?;
         response.exit.into_option().ok_or_else(|| AgentError::Connection("an answer without an exit status".into()))
     }
 
-    /// Sends a signal to a container's process.
+    /// Sends a signal to a process.
     ///
     /// # Errors
     /// Any [`AgentError`].
-    pub async fn signal(&self, id: &str, signal: i32) -> Result<(), AgentError> {
+    pub async fn signal(&self, id: &str, exec_id: &str, signal: i32) -> Result<(), AgentError> {
         let signal = signal.unsigned_abs();
-        let request = SignalRequest { container_id: id.into(), signal, ..Default::default() };
+        let request = SignalRequest { container_id: id.into(), exec_id: exec_id.into(), signal, ..Default::default() };
         self.client.signal(with_duration(PATIENCE), &request).await?;
         Ok(())
     }
 
-    /// Sets the size of a container's terminal.
+    /// Sends a signal to all processes of a container.
     ///
     /// # Errors
     /// Any [`AgentError`].
-    pub async fn resize(&self, id: &str, size: WindowSize) -> Result<(), AgentError> {
+    pub async fn signal_all(&self, id: &str, signal: i32) -> Result<(), AgentError> {
+        let signal = signal.unsigned_abs();
+        let request = SignalRequest { container_id: id.into(), signal, all: true, ..Default::default() };
+        self.client.signal(with_duration(PATIENCE), &request).await?;
+        Ok(())
+    }
+
+    /// Sets the size of a process' terminal.
+    ///
+    /// # Errors
+    /// Any [`AgentError`].
+    pub async fn resize(&self, id: &str, exec_id: &str, size: WindowSize) -> Result<(), AgentError> {
         let WindowSize { rows, columns } = size;
-        let request = ResizeTerminalRequest { container_id: id.into(), rows, columns, ..Default::default() };
+        let (container_id, exec_id) = (id.into(), exec_id.into());
+        let request = ResizeTerminalRequest { container_id, exec_id, rows, columns, ..Default::default() };
         self.client.resize_terminal(with_duration(PATIENCE), &request).await?;
         Ok(())
     }
+
+    /// Freezes all processes of a container.
+    ///
+    /// # Errors
+    /// Any [`AgentError`].
+    pub async fn pause(&self, id: &str) -> Result<(), AgentError> {
+        self.client.pause(with_duration(PATIENCE), &container(id)).await?;
+        Ok(())
+    }
+
+    /// Thaws them.
+    ///
+    /// # Errors
+    /// Any [`AgentError`].
+    pub async fn resume(&self, id: &str) -> Result<(), AgentError> {
+        self.client.resume(with_duration(PATIENCE), &container(id)).await?;
+        Ok(())
+    }
+
+    /// The processes of a container.
+    ///
+    /// # Errors
+    /// Any [`AgentError`].
+    pub async fn list_processes(&self, id: &str) -> Result<Vec<GuestProcess>, AgentError> {
+        Ok(self.client.list_processes(with_duration(PATIENCE), &container(id)).await?.processes)
+    }
+
+    /// What a container has used.
+    ///
+    /// # Errors
+    /// Any [`AgentError`].
+    pub async fn stats(&self, id: &str) -> Result<StatsResponse, AgentError> {
+        Ok(self.client.stats(with_duration(PATIENCE), &container(id)).await?)
+    }
+
+    /// Changes a container's limits: `resources` is JSON as in the runtime specification.
+    ///
+    /// # Errors
+    /// Any [`AgentError`].
+    pub async fn update_container(&self, id: &str, resources: Vec<u8>) -> Result<(), AgentError> {
+        let request = UpdateContainerRequest { container_id: id.into(), resources, ..Default::default() };
+        self.client.update_container(with_duration(PATIENCE), &request).await?;
+        Ok(())
+    }
+}
+
+fn container(id: &str) -> ContainerRequest {
+    ContainerRequest { container_id: id.into(), ..Default::default() }
+}
+
+fn process(id: &str, exec_id: &str) -> ProcessRequest {
+    ProcessRequest { container_id: id.into(), exec_id: exec_id.into(), ..Default::default() }
 }

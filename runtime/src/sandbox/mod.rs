@@ -88,19 +88,19 @@ fn last_lines(console: &str) -> String {
 }
 
 /// A machine whose end can be awaited.
-pub struct Sandbox<'a> {
-    machine: &'a dyn Machine,
+pub struct Sandbox {
+    machine: Arc<dyn Machine>,
     dial: Arc<dyn Dial>,
     end: AsyncFd<OwnedFd>,
 }
 
-impl<'a> Sandbox<'a> {
+impl Sandbox {
     /// Watches over a machine that was started. Must be called on a tokio runtime.
     ///
     /// # Errors
     /// When no descriptors are left.
-    pub fn new(machine: &'a dyn Machine, dial: Arc<dyn Dial>) -> Result<Self, SandboxError> {
-        let fd = vm::end_event(machine).map_err(SandboxError::Resource)?;
+    pub fn new(machine: Arc<dyn Machine>, dial: Arc<dyn Dial>) -> Result<Self, SandboxError> {
+        let fd = vm::end_event(&*machine).map_err(SandboxError::Resource)?;
         // SAFETY: an OwnedFd is the same open descriptor until it is dropped, and `AsyncFd` owns it from here on.
         let end = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) };
         let end = end.map_err(|error| SandboxError::Resource(error.into()))?;

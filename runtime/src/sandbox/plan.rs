@@ -8,6 +8,7 @@ use oci_spec::runtime::{Mount, Spec};
 use super::size::{MemorySize, Size, SizeError};
 use crate::config::Bundle;
 use crate::host::{self, FileKind, system_message};
+use crate::standin::{View, Volume};
 
 /// Where the guest has what is shared: each export is a directory or file in here.
 const SHARED: &str = "/run/katavm/shared";
@@ -82,6 +83,8 @@ pub struct Plan {
     pub guest_spec: Vec<u8>,
     /// Whether the container's process has a terminal.
     pub terminal: bool,
+    /// What a process that stands for the container on the host shall see of its files.
+    pub view: View,
 }
 
 /// What the command line says about the size.
@@ -103,18 +106,27 @@ impl Plan {
         let mut spec = bundle.spec.clone();
         // The root stays writable for the guest even if `root.readonly` is set: mount points that are missing in it
         // are made by the agent, as other runtimes do, before it becomes read-only for the container.
+        let mut volumes = Vec::new();
         let mut exports = vec![Export { name: ROOTFS.into(), path: bundle.rootfs.clone(), read_only: false }];
         if let Some(root) = spec.root_mut() {
             root.set_path(Path::new(SHARED).join(ROOTFS));
         }
         if let Some(mounts) = spec.mounts_mut() {
             for (index, mount) in mounts.iter_mut().enumerate() {
-                exports.extend(share(mount, index, &bundle.path)?);
+                if let Some(export) = share(mount, index, &bundle.path)? {
+                    volumes.push(Volume {
+                        source: export.path.clone(),
+                        destination: mount.destination().clone(),
+                        read_only: export.read_only,
+                    });
+                    exports.push(export);
+                }
             }
         }
+        let view = View { rootfs: bundle.rootfs.clone(), volumes };
         strip(&mut spec);
         let terminal = spec.process().as_ref().and_then(|process| process.terminal()).unwrap_or_default();
-        Ok(Self { size, exports, guest_spec: serde_json::to_vec(&spec)?, terminal })
+        Ok(Self { size, exports, guest_spec: serde_json::to_vec(&spec)?, terminal, view })
     }
 }
 

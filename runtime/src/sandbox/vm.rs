@@ -61,7 +61,7 @@ impl Dial for VsockHost {
 }
 
 /// A virtual machine that runs, or did.
-pub trait Machine {
+pub trait Machine: Send + Sync {
     /// Readable from its end on.
     fn end_event(&self) -> BorrowedFd<'_>;
     /// Why it ended, if it has.

@@ -5,6 +5,7 @@
 //! root's own lock, so that nobody removes the directory that somebody else has just made.
 
 mod id;
+mod journal;
 mod record;
 mod root;
 
@@ -14,6 +15,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 pub use id::{Id, IdError};
+pub use journal::Journal;
 pub use record::{Record, Status};
 pub use root::default_root;
 
@@ -26,6 +28,12 @@ pub enum StateError {
     /// Somebody lives under this id.
     #[error("container with id {0} is already in use")]
     InUse(Id),
+    /// Somebody has made it, and it was not deleted.
+    #[error("container with id {0} exists already: delete it first")]
+    Exists(Id),
+    /// There is no such container.
+    #[error("container {0} does not exist")]
+    Unknown(Id),
     /// The root is not ours alone.
     #[error(
         "the state directory {0} belongs to somebody else or may be written by others: give another one with --root"
@@ -79,6 +87,7 @@ impl StateRoot {
         if path.symlink_metadata().is_ok() {
             match held_lock(&path) {
                 Held::ByLiving => return Err(StateError::InUse(id.clone())),
+                Held::ByNobody(_) if is_kept(&path) => return Err(StateError::Exists(id.clone())),
                 Held::ByNobody(_) => remove_dir(&path)?,
             }
         }
@@ -88,7 +97,56 @@ impl StateRoot {
         lock.try_lock().map_err(io::Error::from).map_err(failed("lock", &lock_path))?;
         let key = key_of(&lock).map_err(failed("look at", &lock_path))?;
         let remains = Remains { root: self.clone(), id: id.clone(), key };
-        Ok(StateDir { path, lock: Some(lock), remains })
+        Ok(StateDir { path, lock: Some(lock), remains, kept: false })
+    }
+
+    /// The container of an id, as it is now.
+    ///
+    /// # Errors
+    /// [`StateError::Unknown`], or that the record cannot be read.
+    pub fn find(&self, id: &Id) -> Result<Found, StateError> {
+        let path = self.path.join(id.as_str());
+        let record = path.join(RECORD);
+        // Not under the root's lock: a container that is just being made or removed is one that is not there.
+        let mut found = match Record::read(&record) {
+            Ok(found) => found,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(StateError::Unknown(id.clone())),
+            Err(error) => return Err(failed("read", &record)(error)),
+        };
+        let alive = matches!(held_lock(&path), Held::ByLiving);
+        if !alive {
+            found.status = Status::Stopped;
+        }
+        Ok(Found { path, record: found, alive })
+    }
+
+    /// All containers, by their ids.
+    ///
+    /// # Errors
+    /// When the root cannot be read.
+    pub fn list(&self) -> Result<Vec<Found>, StateError> {
+        let entries = fs::read_dir(&self.path).map_err(failed("read", &self.path))?;
+        let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+        let mut ids: Vec<Id> = names.filter_map(|name| name.parse().ok()).collect();
+        ids.sort();
+        Ok(ids.iter().filter_map(|id| self.find(id).ok()).collect())
+    }
+
+    /// Waits for the end of the sandbox process of a container, and removes what is kept of it. Not there: no error.
+    ///
+    /// # Errors
+    /// When it cannot be removed.
+    pub fn remove(&self, id: &Id) -> Result<(), StateError> {
+        let path = self.path.join(id.as_str());
+        if let Ok(lock) = File::open(path.join(LOCK)) {
+            lock.lock().map_err(failed("lock", &path))?;
+            let _guard = self.lock()?;
+            let same = File::open(path.join(LOCK)).and_then(|now| Ok(key_of(&now)? == key_of(&lock)?));
+            if same.unwrap_or(false) {
+                remove_dir(&path)?;
+            }
+        }
+        Ok(())
     }
 
     /// Removes what dead processes left behind; the ids of it.
@@ -105,7 +163,9 @@ impl StateRoot {
                 if !entry.file_type()?.is_dir() {
                     continue;
                 }
-                if let Held::ByNobody(_lock) = held_lock(&entry.path()) {
+                if let Held::ByNobody(_lock) = held_lock(&entry.path())
+                    && !is_kept(&entry.path())
+                {
                     match remove_dir(&entry.path()) {
                         Ok(()) => swept.push(id),
                         Err(error) => log::warn!("{error}"),
@@ -130,12 +190,24 @@ impl StateRoot {
     }
 }
 
-/// The directory of a living sandbox. Dropping it removes it.
+/// A container that was found by its id.
+#[derive(Clone, Debug)]
+pub struct Found {
+    /// Its directory.
+    pub path: PathBuf,
+    /// What is known about it.
+    pub record: Record,
+    /// Whether its sandbox process lives.
+    pub alive: bool,
+}
+
+/// The directory of a living sandbox. Dropping it removes it, unless it is to be kept.
 #[derive(Debug)]
 pub struct StateDir {
     path: PathBuf,
     lock: Option<File>,
     remains: Remains,
+    kept: bool,
 }
 
 impl StateDir {
@@ -149,9 +221,11 @@ impl StateDir {
     ///
     /// # Errors
     /// When the file cannot be written.
-    pub fn write(&self, record: &Record) -> Result<(), StateError> {
+    pub fn write(&mut self, record: &Record) -> Result<(), StateError> {
         let path = self.path.join(RECORD);
-        record.write(&path).map_err(failed("write", &path))
+        record.write(&path).map_err(failed("write", &path))?;
+        self.kept = record.kept;
+        Ok(())
     }
 
     /// What another process needs to clean up after this one.
@@ -170,6 +244,7 @@ impl Drop for StateDir {
     fn drop(&mut self) {
         // Removed while it is still locked, so that nobody takes it for a dead one's in between.
         if self.lock.is_some()
+            && !self.kept
             && let Err(error) = self.remains.remove()
         {
             log::warn!("{error}");
@@ -195,7 +270,9 @@ impl Remains {
         let _guard = self.root.lock()?;
         let path = self.root.path.join(self.id.as_str());
         match held_lock(&path) {
-            Held::ByNobody(Some(lock)) if key_of(&lock).is_ok_and(|key| key == self.key) => remove_dir(&path),
+            Held::ByNobody(Some(lock)) if key_of(&lock).is_ok_and(|key| key == self.key) && !is_kept(&path) => {
+                remove_dir(&path)
+            }
             _ => Ok(()),
         }
     }
@@ -228,12 +305,22 @@ fn held_lock(directory: &Path) -> Held {
     }
 }
 
+/// Whether the container of a directory was made to stay until it is deleted.
+fn is_kept(directory: &Path) -> bool {
+    Record::read(&directory.join(RECORD)).is_ok_and(|record| record.kept)
+}
+
 fn key_of(file: &File) -> io::Result<(u64, u64)> {
     let metadata = file.metadata()?;
     Ok((metadata.dev(), metadata.ino()))
 }
 
+/// Removes a directory, and the control group that its record names: nobody is left in there.
 fn remove_dir(path: &Path) -> Result<(), StateError> {
+    let cgroup = Record::read(&path.join(RECORD)).ok().and_then(|record| record.cgroup);
+    if let Some(Err(error)) = cgroup.map(|cgroup| cgroup.remove()) {
+        log::warn!("{error}");
+    }
     fs::remove_dir_all(path).map_err(failed("remove", path))
 }
 
@@ -321,13 +408,32 @@ mod tests {
     #[test]
     fn the_record_is_replaced_whole() {
         let (_dir, root) = root();
-        let state = root.claim(&id("a")).unwrap();
-        let mut record = Record::new(&id("a"), Path::new("/bundle"));
+        let mut state = root.claim(&id("a")).unwrap();
+        let mut record = Record::new(&id("a"), Path::new("/bundle"), Path::new("/bundle/rootfs"));
         state.write(&record).unwrap();
         record.status = Status::Running;
         state.write(&record).unwrap();
         let text = fs::read_to_string(state.path().join(RECORD)).unwrap();
         assert_eq!(serde_json::from_str::<Record>(&text).unwrap(), record);
         assert_eq!(fs::read_dir(state.path()).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn a_container_that_is_kept_stays_until_it_is_deleted() {
+        let (_dir, root) = root();
+        let mut state = root.claim(&id("a")).unwrap();
+        let mut record = Record::new(&id("a"), Path::new("/bundle"), Path::new("/bundle/rootfs"));
+        (record.kept, record.status) = (true, Status::Running);
+        state.write(&record).unwrap();
+        assert!(root.find(&id("a")).unwrap().alive);
+        drop(state);
+        assert_eq!(root.sweep().unwrap(), []);
+        let found = root.find(&id("a")).unwrap();
+        assert_eq!((found.alive, found.record.status), (false, Status::Stopped));
+        assert!(matches!(root.claim(&id("a")), Err(StateError::Exists(_))));
+        assert_eq!(root.list().unwrap().len(), 1);
+        root.remove(&id("a")).unwrap();
+        root.remove(&id("a")).unwrap();
+        assert!(matches!(root.find(&id("a")), Err(StateError::Unknown(_))));
     }
 }

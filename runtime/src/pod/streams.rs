@@ -1,6 +1,5 @@
-//! The connections of a container's streams.
+//! The connections of a process' streams.
 
-use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -9,7 +8,7 @@ use katavm_protocol::agent::{StreamHello, StreamKind, StreamReply};
 use katavm_protocol::{frame, ports};
 use tokio::sync::oneshot;
 
-use super::{ContainerError, Job};
+use super::{Io, PodError};
 use crate::process::stdio::{InputPump, OutputEnd, pump_input, pump_output};
 use crate::sandbox::vm::Dial;
 use crate::sandbox::{DIAL_PATIENCE, Sandbox, blocking};
@@ -22,33 +21,35 @@ pub struct Streams {
 }
 
 impl Streams {
-    /// Connects all streams of a container that has not been started.
+    /// Connects all streams of a process that has not been started.
     ///
     /// # Errors
     /// Which of them cannot be had.
-    pub async fn connect(&mut self, sandbox: &Sandbox<'_>, job: &Job) -> Result<(), ContainerError> {
+    pub async fn connect(sandbox: &Sandbox, container_id: &str, exec_id: &str, io: &Io) -> Result<Self, PodError> {
         let connect = |kind, name| async move {
-            let (dial, id) = (sandbox.dialler(), job.id.clone());
-            let connected = blocking(move || greet(&*dial, id, kind)).await;
-            connected.map_err(|error| ContainerError::Stream { stream: name, error })
+            let hello = StreamHello {
+                container_id: container_id.into(),
+                exec_id: exec_id.into(),
+                kind: StreamKind::into(kind),
+                ..Default::default()
+            };
+            let dial = sandbox.dialler();
+            let connected = blocking(move || greet(&*dial, &hello)).await;
+            connected.map_err(|error| PodError::Stream { stream: name, error })
         };
-        let failed = |stream| move |error| ContainerError::Stream { stream, error };
+        let failed = |stream| move |error| PodError::Stream { stream, error };
         let copy = |fd: &OwnedFd| fd.try_clone();
-        let stdio = &job.stdio;
-        if job.terminal.is_some() {
+        let (mut streams, stdio) = (Self::default(), &io.stdio);
+        if io.terminal.is_some() {
             let name = "terminal";
             let stream = connect(StreamKind::STREAM_KIND_TERMINAL, name).await?;
-            let sink = match &stdio.stdout {
-                Some(fd) => copy(fd),
-                None => File::options().write(true).open("/dev/null").map(OwnedFd::from),
-            };
-            let sink = sink.map_err(failed(name))?;
+            let sink = io.terminal_sink().map_err(failed(name))?;
             if let Some(source) = &stdio.stdin {
                 let pump = stream.try_clone().and_then(|stream| pump_input(name, stream, copy(source)?));
-                self.input = Some(pump.map_err(failed(name))?);
+                streams.input = Some(pump.map_err(failed(name))?);
             }
-            self.outputs.push((name, pump_output(name, stream, sink).map_err(failed(name))?));
-            return Ok(());
+            streams.outputs.push((name, pump_output(name, stream, sink).map_err(failed(name))?));
+            return Ok(streams);
         }
         let outputs = [
             (&stdio.stdout, StreamKind::STREAM_KIND_STDOUT, "standard output"),
@@ -58,16 +59,21 @@ impl Streams {
             if let Some(sink) = sink {
                 let stream = connect(kind, name).await?;
                 let end = copy(sink).and_then(|sink| pump_output(name, stream, sink));
-                self.outputs.push((name, end.map_err(failed(name))?));
+                streams.outputs.push((name, end.map_err(failed(name))?));
             }
         }
         if let Some(source) = &stdio.stdin {
             let name = "standard input";
             let stream = connect(StreamKind::STREAM_KIND_STDIN, name).await?;
             let pump = copy(source).and_then(|source| pump_input(name, stream, source));
-            self.input = Some(pump.map_err(failed(name))?);
+            streams.input = Some(pump.map_err(failed(name))?);
         }
-        Ok(())
+        Ok(streams)
+    }
+
+    /// Ends the process' standard input.
+    pub fn close_input(&mut self) {
+        self.input = None;
     }
 
     /// Returns when everything that the container has written has arrived.
@@ -83,11 +89,10 @@ impl Streams {
 }
 
 /// Opens a connection to the stream port and says which stream it is for.
-fn greet(dial: &dyn Dial, container_id: String, kind: StreamKind) -> io::Result<UnixStream> {
+fn greet(dial: &dyn Dial, hello: &StreamHello) -> io::Result<UnixStream> {
     let mut stream = dial.dial(ports::STREAM, DIAL_PATIENCE)?;
     stream.set_read_timeout(Some(DIAL_PATIENCE))?;
-    let hello = StreamHello { container_id, kind: kind.into(), ..Default::default() };
-    frame::write(&mut stream, &hello)?;
+    frame::write(&mut stream, hello)?;
     let reply: StreamReply = frame::read(&mut stream)?;
     stream.set_read_timeout(None)?;
     if reply.error.is_empty() { Ok(stream) } else { Err(io::Error::other(reply.error)) }

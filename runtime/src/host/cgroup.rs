@@ -1,0 +1,137 @@
+//! The sandbox's control group on the host, by libcgroups: a folder of cgroup v2, or a scope that systemd makes.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use libcgroups::common::{
+    AnyCgroupManager, CgroupConfig, CgroupManager as _, CgroupSetup, ControllerOpt, create_cgroup_manager,
+    get_cgroup_setup,
+};
+use libcgroups_nix::unistd::Pid;
+use oci_spec::runtime::LinuxResources;
+use serde::{Deserialize, Serialize};
+
+/// Where a control group is, by what an engine says of it. It is no proof that there is one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Cgroup {
+    /// Below the root of cgroup v2; or `SLICE:PREFIX:NAME` for systemd.
+    path: PathBuf,
+    /// systemd makes it.
+    systemd: bool,
+    /// The container's id, which systemd shows.
+    id: String,
+}
+
+impl Cgroup {
+    /// The control group that `linux.cgroupsPath` asks for; where it says nothing, one beside this process' own, as
+    /// runc has it. `None` on a host that has no cgroup v2 of its own.
+    ///
+    /// # Errors
+    /// That this process' own cannot be found, or that `path` is none of systemd's.
+    pub fn plan(path: Option<&Path>, systemd: bool, id: &str) -> io::Result<Option<Self>> {
+        if !matches!(get_cgroup_setup(), Ok(CgroupSetup::Unified)) {
+            return Ok(None);
+        }
+        let path = match path {
+            Some(path) if systemd => {
+                let parts = path.to_str().map_or(0, |text| text.split(':').count());
+                if parts != 3 {
+                    let reason = format!("linux.cgroupsPath {} is not SLICE:PREFIX:NAME", path.display());
+                    return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
+                }
+                path.to_owned()
+            }
+            None if systemd => format!(":katavm:{id}").into(),
+            Some(path) if path.is_absolute() => path.to_owned(),
+            Some(path) => own()?.join(path),
+            None => own()?.parent().unwrap_or(Path::new("/")).join(id),
+        };
+        Ok(Some(Self { path, systemd, id: id.into() }))
+    }
+
+    /// Moves a process into it, and makes it before where it is missing.
+    ///
+    /// # Errors
+    /// What the kernel or systemd refuses.
+    pub fn join(&self, pid: u32) -> io::Result<()> {
+        let pid = Pid::from_raw(pid.cast_signed());
+        self.manager()?.add_task(pid).map_err(|error| self.failed("join", &error))
+    }
+
+    /// Sets limits.
+    ///
+    /// # Errors
+    /// What the kernel or systemd refuses.
+    pub fn limit(&self, resources: &LinuxResources) -> io::Result<()> {
+        let options = ControllerOpt { resources, disable_oom_killer: false, oom_score_adj: None, freezer_state: None };
+        self.manager()?.apply(&options).map_err(|error| self.failed("limit", &error))
+    }
+
+    /// Removes it with what is still in it, this process apart; no error if there is none.
+    ///
+    /// # Errors
+    /// What the kernel or systemd refuses.
+    pub fn remove(&self) -> io::Result<()> {
+        if self.holds(&own()?) {
+            // The root is the one group that takes processes whatever is below it (cgroups(7)).
+            fs::write("/sys/fs/cgroup/cgroup.procs", std::process::id().to_string())?;
+        }
+        self.manager()?.remove().map_err(|error| self.failed("remove", &error))
+    }
+
+    /// Whether a group, from the root of cgroup v2, is this one or in it.
+    fn holds(&self, group: &Path) -> bool {
+        if !self.systemd {
+            return group.starts_with(&self.path);
+        }
+        let text = self.path.to_string_lossy();
+        let mut parts = text.splitn(3, ':').skip(1);
+        let scope = match (parts.next(), parts.next()) {
+            (Some(""), Some(name)) => format!("{name}.scope"),
+            (Some(prefix), Some(name)) => format!("{prefix}-{name}.scope"),
+            _ => return false,
+        };
+        group.components().any(|part| part.as_os_str() == scope.as_str())
+    }
+
+    fn manager(&self) -> io::Result<AnyCgroupManager> {
+        let config = CgroupConfig {
+            cgroup_path: self.path.clone(),
+            systemd_cgroup: self.systemd,
+            container_name: self.id.clone(),
+        };
+        create_cgroup_manager(config).map_err(|error| self.failed("find", &error))
+    }
+
+    fn failed(&self, what: &str, error: &dyn std::fmt::Display) -> io::Error {
+        io::Error::other(format!("cannot {what} the control group {}: {error}", self.path.display()))
+    }
+}
+
+/// This process' own, from the root of cgroup v2.
+fn own() -> io::Result<PathBuf> {
+    let text = fs::read_to_string("/proc/self/cgroup")?;
+    let path = text.lines().find_map(|line| line.strip_prefix("0::"));
+    path.map(PathBuf::from).ok_or_else(|| io::Error::other("/proc/self/cgroup names no group of cgroup v2"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cgroup(path: &str, systemd: bool) -> Cgroup {
+        Cgroup { path: path.into(), systemd, id: "c1".into() }
+    }
+
+    #[test]
+    fn a_process_knows_when_it_is_inside() {
+        let plain = cgroup("/a/c1", false);
+        assert!(plain.holds(Path::new("/a/c1")) && plain.holds(Path::new("/a/c1/below")));
+        assert!(!plain.holds(Path::new("/a")) && !plain.holds(Path::new("/a/c12")));
+        let scope = cgroup("machine.slice:libpod:c1", true);
+        assert!(scope.holds(Path::new("/machine.slice/libpod-c1.scope/container")));
+        assert!(!scope.holds(Path::new("/machine.slice/libpod-c2.scope")));
+    }
+}

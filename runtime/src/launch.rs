@@ -1,0 +1,196 @@
+//! From a bundle to a decision: everything that `run` and `create` settle before anything is made.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use nix::sched::CloneFlags;
+use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxNamespaceType, LinuxResources};
+use rustix::process::{Pid, geteuid};
+
+use crate::config::{Bundle, ConfigError};
+use crate::host::{self, Cgroup};
+use crate::process::terminal::WindowSize;
+use crate::sandbox::image::{GuestImage, ImageError};
+use crate::sandbox::plan::{Plan, PlanError, SizeOptions};
+use crate::sandbox::size::Size;
+use crate::standin::{self, Namespaces};
+use crate::state::{Id, Record};
+
+/// Why nothing can be made of a bundle.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// The bundle.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// What it needs.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// What the guest boots.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// A namespace that is to be joined.
+    #[error("linux.namespaces: cannot open {path}: {error}")]
+    Namespace {
+        /// Its file.
+        path: PathBuf,
+        /// What the system said.
+        error: io::Error,
+    },
+    /// The control group on the host.
+    #[error(transparent)]
+    Cgroup(io::Error),
+    /// The stand-in.
+    #[error("cannot make the container's stand-in process: {0}")]
+    StandIn(#[source] io::Error),
+}
+
+/// What the command line says about a sandbox.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// RAM and vCPUs.
+    pub size: SizeOptions,
+    /// The guest's kernel.
+    pub kernel: Option<PathBuf>,
+    /// The guest's initramfs.
+    pub initrd: Option<PathBuf>,
+    /// Copy the guest's console to standard error.
+    pub console: bool,
+    /// systemd makes the control group.
+    pub systemd_cgroup: bool,
+}
+
+/// A container that can be made, in a sandbox of its own.
+#[derive(Debug)]
+pub struct Launch {
+    /// The container's id.
+    pub id: Id,
+    /// Its bundle.
+    pub bundle: Bundle,
+    /// What its sandbox needs.
+    pub plan: Plan,
+    /// What the guest boots.
+    pub image: GuestImage,
+    /// Copy the guest's console to standard error.
+    pub console: bool,
+    /// Where its processes are on the host; nothing for an ordinary user, who may have no such group.
+    pub cgroup: Option<Cgroup>,
+}
+
+impl Launch {
+    /// Reads the bundle, warns about what is not honoured in it, and plans.
+    ///
+    /// # Errors
+    /// Any [`LaunchError`].
+    pub fn plan(id: Id, bundle: &Path, options: Options) -> Result<Self, LaunchError> {
+        let bundle = Bundle::load(bundle)?;
+        for field in &bundle.unhonoured {
+            log::warn!("{field}");
+        }
+        let plan = Plan::new(&bundle, options.size)?;
+        let image = GuestImage::find(options.kernel, options.initrd)?;
+        let path = bundle.spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_deref());
+        let cgroup = match geteuid().is_root() {
+            true => Cgroup::plan(path, options.systemd_cgroup, id.as_str()).map_err(LaunchError::Cgroup)?,
+            false => None,
+        };
+        Ok(Self { id, bundle, plan, image, console: options.console, cgroup })
+    }
+
+    /// What is written down about the container first.
+    #[must_use]
+    pub fn record(&self) -> Record {
+        let mut record = Record::new(&self.id, &self.bundle.path, &self.bundle.rootfs);
+        record.annotations = self.bundle.spec.annotations().clone().unwrap_or_default();
+        record.hooks = self.bundle.spec.hooks().clone();
+        record.cgroup = self.cgroup.clone();
+        record
+    }
+
+    /// The size of a terminal that does not know its own.
+    #[must_use]
+    pub fn console_size(&self) -> WindowSize {
+        let size = self.bundle.spec.process().as_ref().and_then(|process| process.console_size());
+        let number = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
+        size.map(|size| WindowSize { rows: number(size.height()), columns: number(size.width()) }).unwrap_or_default()
+    }
+
+    /// Moves the calling process and the stand-in into the control group, and limits it: before there is a virtual
+    /// machine, so that everything of it is in there.
+    ///
+    /// # Errors
+    /// [`LaunchError::Cgroup`].
+    pub fn enter_cgroup(&self, stand_in: u32) -> Result<(), LaunchError> {
+        let Some(cgroup) = &self.cgroup else { return Ok(()) };
+        let linux = self.bundle.spec.linux().as_ref();
+        let limits = host_limits(linux.and_then(|linux| linux.resources().as_ref()), &self.plan.size);
+        let entered = cgroup.join(std::process::id()).and_then(|()| cgroup.join(stand_in));
+        entered.and_then(|()| cgroup.limit(&limits)).map_err(LaunchError::Cgroup)
+    }
+
+    /// Forks the stand-in: its pid, and the other end of its link.
+    ///
+    /// # Errors
+    /// [`LaunchError::Namespace`] and [`LaunchError::StandIn`].
+    pub fn start_stand_in(&self, terminal: Option<OwnedFd>) -> Result<(Pid, OwnedFd), LaunchError> {
+        let (ours, theirs) = crate::link::pair().map_err(LaunchError::StandIn)?;
+        // An ordinary user's has no namespaces of its own: nothing but the guest keeps the container apart then.
+        let (namespaces, view) = match geteuid().is_root() {
+            true => (self.namespaces()?, Some(self.plan.view.clone())),
+            false => (Namespaces::default(), None),
+        };
+        let plan = standin::Plan { namespaces, view, terminal };
+        let pid = standin::start(plan, theirs).map_err(LaunchError::StandIn)?;
+        Ok((pid, ours))
+    }
+
+    fn namespaces(&self) -> Result<Namespaces, LaunchError> {
+        let mut result = Namespaces { new: CloneFlags::CLONE_NEWNS, joined: Vec::new(), pid: false };
+        let linux = self.bundle.spec.linux().as_ref();
+        for namespace in linux.and_then(|linux| linux.namespaces().as_deref()).unwrap_or_default() {
+            let flag = match namespace.typ() {
+                LinuxNamespaceType::Ipc => CloneFlags::CLONE_NEWIPC,
+                LinuxNamespaceType::Uts => CloneFlags::CLONE_NEWUTS,
+                LinuxNamespaceType::Network => CloneFlags::CLONE_NEWNET,
+                LinuxNamespaceType::Cgroup => CloneFlags::CLONE_NEWCGROUP,
+                // The stand-in is always the first process of its own, so that /proc shows nothing of the host.
+                LinuxNamespaceType::Pid => {
+                    result.pid = true;
+                    continue;
+                }
+                // Its own file systems always; users and time of the host.
+                LinuxNamespaceType::Mount | LinuxNamespaceType::User | LinuxNamespaceType::Time => continue,
+            };
+            match namespace.path() {
+                Some(path) => {
+                    let failed = |error| LaunchError::Namespace { path: path.clone(), error };
+                    result.joined.push(host::open_namespace(path).map_err(failed)?);
+                }
+                None => result.new |= flag,
+            }
+        }
+        Ok(result)
+    }
+}
+
+/// Memory of a sandbox beside the guest's RAM: the process itself and what the host's kernel keeps for it.
+const SANDBOX_OVERHEAD: i64 = 128 << 20;
+
+/// What the sandbox as a whole is held to on the host: its share of CPU time, its I/O, and with a memory limit the
+/// guest's RAM and what the sandbox needs besides. The container's own limits hold inside the guest.
+fn host_limits(resources: Option<&LinuxResources>, size: &Size) -> LinuxResources {
+    let mut limits = LinuxResources::default();
+    let Some(resources) = resources else { return limits };
+    if resources.memory().is_some_and(|memory| memory.limit().is_some_and(|limit| limit > 0)) {
+        let mut memory = LinuxMemory::default();
+        memory.set_limit(Some((i64::from(size.memory_mib) << 20) + SANDBOX_OVERHEAD));
+        limits.set_memory(Some(memory));
+    }
+    if let Some(shares) = resources.cpu().as_ref().and_then(|cpu| cpu.shares()) {
+        let mut cpu = LinuxCpu::default();
+        cpu.set_shares(Some(shares));
+        limits.set_cpu(Some(cpu));
+    }
+    limits.set_block_io(resources.block_io().clone());
+    limits
+}

@@ -1,0 +1,159 @@
+//! A container of a pod: its processes, and what is written down about it.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use katavm_protocol::agent::Exit;
+
+use super::{Phase, PodError, Process};
+use crate::state::{Journal, Record, Status};
+
+/// A container that was made.
+pub struct Container {
+    id: String,
+    init: Arc<Process>,
+    /// By exec id; nothing while it is being made.
+    execs: Mutex<HashMap<String, Option<Arc<Process>>>>,
+    journal: Mutex<Journal>,
+}
+
+impl Container {
+    pub(super) fn new(id: String, init: Arc<Process>, journal: Journal) -> Self {
+        let container = Self { id, init, execs: Mutex::default(), journal: Mutex::new(journal) };
+        container.note(Status::Created);
+        container
+    }
+
+    /// Its id.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Its first process.
+    #[must_use]
+    pub fn init(&self) -> &Arc<Process> {
+        &self.init
+    }
+
+    /// What is known about it.
+    #[must_use]
+    pub fn record(&self) -> Record {
+        self.journal().record().clone()
+    }
+
+    /// How far it is.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        self.journal().record().status
+    }
+
+    /// A process by its exec id, which is empty for the first.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn process(&self, exec_id: &str) -> Result<Arc<Process>, PodError> {
+        if exec_id.is_empty() {
+            return Ok(Arc::clone(&self.init));
+        }
+        let none = || PodError::NoProcess { container: self.id.clone(), process: exec_id.into() };
+        self.execs().get(exec_id).cloned().flatten().ok_or_else(none)
+    }
+
+    /// Takes an exec id for a process that is to be made.
+    pub(super) fn claim(self: &Arc<Self>, exec_id: &str) -> Result<Claim, PodError> {
+        match self.execs().entry(exec_id.into()) {
+            std::collections::hash_map::Entry::Occupied(_) => {
+                Err(PodError::Exists(format!("process {exec_id} of container {}", self.id)))
+            }
+            std::collections::hash_map::Entry::Vacant(entry) => {
+                entry.insert(None);
+                Ok(Claim { container: Arc::clone(self), exec_id: exec_id.into() })
+            }
+        }
+    }
+
+    /// Forgets a further process that has ended.
+    pub fn remove_exec(&self, exec_id: &str) {
+        self.execs().remove(exec_id);
+    }
+
+    /// Writes down how far it is.
+    pub(super) fn note(&self, status: Status) {
+        self.journal().set_status(status);
+    }
+
+    /// Keeps its state in step with its first process, to the end of that.
+    pub(super) async fn follow(&self) {
+        let started = async {
+            self.init.started().await;
+            if self.init.phase() == Phase::Running {
+                self.note(Status::Running);
+            }
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            () = self.init.follow() => {}
+            () = started => {}
+        }
+        self.note(Status::Stopped);
+    }
+
+    /// Removes what was written down about it.
+    pub(super) fn forget(&self) {
+        self.journal().forget();
+    }
+
+    /// It stays until it is deleted, whatever happens to its sandbox process.
+    pub fn keep(&self) {
+        self.journal().keep();
+    }
+
+    /// Returns when all that its processes wrote has arrived.
+    pub(super) async fn drained(&self) {
+        let execs: Vec<_> = self.execs().values().flatten().cloned().collect();
+        for process in execs.iter().chain([&self.init]) {
+            process.drain().await;
+        }
+    }
+
+    /// Its sandbox has ended.
+    pub(super) fn end_all(&self) {
+        let killed = Exit { status: 128 + libc::SIGKILL.unsigned_abs(), ..Default::default() };
+        for process in self.execs().values().flatten() {
+            process.end(killed.clone());
+        }
+        self.init.end(killed);
+    }
+
+    fn execs(&self) -> MutexGuard<'_, HashMap<String, Option<Arc<Process>>>> {
+        self.execs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn journal(&self) -> MutexGuard<'_, Journal> {
+        self.journal.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// An exec id that is taken; free again when this is dropped, unless its process was made.
+pub(super) struct Claim {
+    container: Arc<Container>,
+    exec_id: String,
+}
+
+impl Claim {
+    /// The process was made: it is followed to its end.
+    pub fn keep(self, process: &Arc<Process>) {
+        self.container.execs().insert(self.exec_id.clone(), Some(Arc::clone(process)));
+        let process = Arc::clone(process);
+        tokio::spawn(async move { process.follow().await });
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        if let Some(None) = self.container.execs().get(&self.exec_id) {
+            self.container.execs().remove(&self.exec_id);
+        }
+    }
+}

@@ -1,0 +1,299 @@
+//! A pod: the containers that share one sandbox, and what is done to them while the sandbox lives.
+
+mod container;
+mod io;
+mod process;
+mod streams;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use katavm_protocol::agent::{CreateContainerRequest, CreateExecRequest, Ready, StatsResponse};
+use tokio::sync::watch;
+
+use crate::link::Link;
+use crate::process::terminal::TerminalError;
+use crate::sandbox::agent::{Agent, AgentError, GuestProcess};
+use crate::sandbox::{Sandbox, SandboxError};
+use crate::state::{Journal, Status};
+pub use container::Container;
+pub use io::Io;
+pub use process::{Phase, Process};
+
+/// Why something was not done to a container.
+#[derive(Debug, thiserror::Error)]
+pub enum PodError {
+    /// The sandbox around it.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
+    /// The terminal.
+    #[error(transparent)]
+    Terminal(#[from] TerminalError),
+    /// One of its streams.
+    #[error("cannot connect the container's {stream}: {error}")]
+    Stream {
+        /// Which.
+        stream: &'static str,
+        /// What went wrong.
+        error: std::io::Error,
+    },
+    /// Signals cannot be read.
+    #[error("cannot receive signals: {0}")]
+    Signals(#[source] std::io::Error),
+    /// It was ended by this signal before it ran.
+    #[error("interrupted by signal {0}")]
+    Interrupted(i32),
+    /// No such container.
+    #[error("container {0} does not exist")]
+    NoContainer(String),
+    /// No such process.
+    #[error("container {container} has no process {process}")]
+    NoProcess {
+        /// The container's id.
+        container: String,
+        /// The process' id.
+        process: String,
+    },
+    /// The id is taken.
+    #[error("{0} exists already")]
+    Exists(String),
+    /// It is in a state in which this cannot be done.
+    #[error("{0}")]
+    State(String),
+    /// The process that stands for it on the host.
+    #[error("the container's stand-in on the host: {0}")]
+    StandIn(String),
+}
+
+impl From<AgentError> for PodError {
+    fn from(error: AgentError) -> Self {
+        Self::Sandbox(error.into())
+    }
+}
+
+/// A container that is to be made.
+pub struct NewContainer {
+    /// Its id.
+    pub id: String,
+    /// Its configuration as the guest shall see it.
+    pub spec: Vec<u8>,
+    /// The streams of its first process.
+    pub io: Io,
+    /// To its stand-in.
+    pub link: Option<Link>,
+    /// Where its state is written down.
+    pub journal: Journal,
+}
+
+/// A sandbox that is ready, and its containers by their ids.
+pub struct Pod {
+    sandbox: Arc<Sandbox>,
+    agent: Agent,
+    containers: Mutex<BTreeMap<String, Arc<Container>>>,
+    /// How many containers have a first process that has not ended; changes when one is made or ends.
+    alive: watch::Sender<usize>,
+}
+
+impl Pod {
+    /// Waits for a sandbox that was started, and prepares its guest.
+    ///
+    /// # Errors
+    /// Any [`SandboxError`].
+    pub async fn prepare(
+        sandbox: &Arc<Sandbox>,
+        ready: impl FnOnce(Duration) -> std::io::Result<Ready> + Send + 'static,
+        hostname: &str,
+    ) -> Result<(Arc<Self>, Ready), PodError> {
+        let (agent, ready) = sandbox.prepare(ready, hostname).await?;
+        let (containers, alive) = (Mutex::default(), watch::Sender::new(0));
+        Ok((Arc::new(Self { sandbox: Arc::clone(sandbox), agent, containers, alive }), ready))
+    }
+
+    /// The service of the agent.
+    #[must_use]
+    pub fn agent(&self) -> &Agent {
+        &self.agent
+    }
+
+    /// Makes a container whose first process waits to be started, and connects its streams.
+    ///
+    /// # Errors
+    /// Any [`PodError`]; nothing is left of it then.
+    pub async fn create(self: &Arc<Self>, new: NewContainer) -> Result<Arc<Process>, PodError> {
+        let NewContainer { id, spec, io, link, journal } = new;
+        if self.containers().contains_key(&id) {
+            return Err(PodError::Exists(format!("container {id}")));
+        }
+        let request = CreateContainerRequest {
+            container_id: id.clone(),
+            spec,
+            stdio: Some(io.wanted()).into(),
+            ..Default::default()
+        };
+        self.agent.create_container(&request).await?;
+        let connected = Process::connect(&self.sandbox, &self.agent, &id, "", io, link).await;
+        let process = match connected {
+            Ok(process) => process,
+            Err(error) => {
+                // Its making failed in the middle; why is in `error`.
+                drop(self.agent.remove_container(&id).await);
+                return Err(error);
+            }
+        };
+        let container = Arc::new(Container::new(id.clone(), Arc::clone(&process), journal));
+        self.containers().insert(id, Arc::clone(&container));
+        self.alive.send_modify(|alive| *alive += 1);
+        let pod = Arc::clone(self);
+        tokio::spawn(async move {
+            container.follow().await;
+            pod.alive.send_modify(|alive| *alive -= 1);
+        });
+        Ok(process)
+    }
+
+    /// Makes a further process in a running container; it waits to be started.
+    ///
+    /// # Errors
+    /// Any [`PodError`]; nothing is left of it then.
+    pub async fn create_exec(
+        &self,
+        container_id: &str,
+        exec_id: &str,
+        spec: Vec<u8>,
+        io: Io,
+        link: Option<Link>,
+    ) -> Result<Arc<Process>, PodError> {
+        let container = self.container(container_id)?;
+        if container.status() != Status::Running {
+            return Err(PodError::State(format!("cannot exec in a {} container", container.status())));
+        }
+        let claim = container.claim(exec_id)?;
+        let request = CreateExecRequest {
+            container_id: container_id.into(),
+            exec_id: exec_id.into(),
+            process: spec,
+            stdio: Some(io.wanted()).into(),
+            ..Default::default()
+        };
+        self.agent.create_exec(&request).await?;
+        let process = Process::connect(&self.sandbox, &self.agent, container_id, exec_id, io, link).await?;
+        claim.keep(&process);
+        Ok(process)
+    }
+
+    /// A container by its id.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn container(&self, id: &str) -> Result<Arc<Container>, PodError> {
+        self.containers().get(id).cloned().ok_or_else(|| PodError::NoContainer(id.into()))
+    }
+
+    /// A process by the id of its container and its own, which is empty for the container's first.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn process(&self, container_id: &str, exec_id: &str) -> Result<Arc<Process>, PodError> {
+        self.container(container_id)?.process(exec_id)
+    }
+
+    /// Sends a signal to all processes of a container.
+    ///
+    /// # Errors
+    /// Any [`PodError`].
+    pub async fn signal_all(&self, container_id: &str, signal: i32) -> Result<(), PodError> {
+        let container = self.container(container_id)?;
+        if matches!(container.init().phase(), Phase::Stopped(_)) {
+            return Err(PodError::State("container not running".into()));
+        }
+        Ok(self.agent.signal_all(container_id, signal).await?)
+    }
+
+    /// Stops all processes of a container, or lets them go on.
+    ///
+    /// # Errors
+    /// Any [`PodError`].
+    pub async fn freeze(&self, container_id: &str, frozen: bool) -> Result<(), PodError> {
+        let container = self.container(container_id)?;
+        match (container.status(), frozen) {
+            (Status::Running, true) => self.agent.pause(container_id).await?,
+            (Status::Paused, false) => self.agent.resume(container_id).await?,
+            (status, true) => return Err(PodError::State(format!("container not running or created: {status}"))),
+            (_, false) => return Err(PodError::State("container not paused".into())),
+        }
+        container.note(if frozen { Status::Paused } else { Status::Running });
+        Ok(())
+    }
+
+    /// The processes of a container as the guest counts them.
+    ///
+    /// # Errors
+    /// Any [`PodError`].
+    pub async fn processes(&self, container_id: &str) -> Result<Vec<GuestProcess>, PodError> {
+        self.container(container_id)?;
+        Ok(self.agent.list_processes(container_id).await?)
+    }
+
+    /// What a container has used.
+    ///
+    /// # Errors
+    /// Any [`PodError`].
+    pub async fn stats(&self, container_id: &str) -> Result<StatsResponse, PodError> {
+        self.container(container_id)?;
+        Ok(self.agent.stats(container_id).await?)
+    }
+
+    /// Changes a container's limits.
+    ///
+    /// # Errors
+    /// Any [`PodError`].
+    pub async fn update(&self, container_id: &str, resources: Vec<u8>) -> Result<(), PodError> {
+        self.container(container_id)?;
+        Ok(self.agent.update_container(container_id, resources).await?)
+    }
+
+    /// Removes a container that has ended.
+    ///
+    /// # Errors
+    /// Any [`PodError`].
+    pub async fn remove(&self, container_id: &str) -> Result<(), PodError> {
+        let container = self.container(container_id)?;
+        if !matches!(container.init().phase(), Phase::Stopped(_)) {
+            let status = container.status();
+            return Err(PodError::State(format!(
+                "cannot delete container {container_id} that is not stopped: {status}"
+            )));
+        }
+        self.agent.remove_container(container_id).await?;
+        container.forget();
+        self.containers().remove(container_id);
+        Ok(())
+    }
+
+    /// Returns when no container has a first process that has not ended.
+    pub async fn deserted(&self) {
+        let mut alive = self.alive.subscribe();
+        // The sender lives in this pod.
+        let _ = alive.wait_for(|alive| *alive == 0).await;
+    }
+
+    /// Returns when all that the processes wrote has arrived; their sandbox has ended.
+    pub async fn drained(&self) {
+        let containers: Vec<_> = self.containers().values().cloned().collect();
+        for container in containers {
+            container.drained().await;
+        }
+    }
+
+    /// Ends the processes that are left in name only: the sandbox is gone, and they with it.
+    pub fn end_all(&self) {
+        for container in self.containers().values() {
+            container.end_all();
+        }
+    }
+
+    fn containers(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Container>>> {
+        self.containers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,70 @@
+//! The service of a sandbox process: containerd's Task API on a unix socket in the state directory of the sandbox'
+//! first container, and beside it a socket for what ttrpc cannot carry, open descriptors.
+
+mod attach;
+mod client;
+mod task;
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use containerd_shim_protos::shim_async::create_task;
+use rustix::fs::{Mode, OFlags, open};
+use tokio::net::UnixListener;
+use ttrpc::r#async::Server;
+use ttrpc::r#async::transport::Listener;
+
+use crate::pod::{Pod, PodError};
+pub use client::{Client, ClientError, Streams};
+
+/// The Task API's socket.
+const TASK: &str = "task.sock";
+/// The socket for descriptors.
+const ATTACH: &str = "attach.sock";
+
+/// A running service; it ends when this is dropped.
+pub struct Service {
+    _server: Server,
+    _attach: attach::Attaching,
+}
+
+/// Serves a pod in `directory`.
+///
+/// # Errors
+/// That a socket cannot be made.
+pub async fn serve(pod: &Arc<Pod>, directory: &Path) -> Result<Service, PodError> {
+    let failed = |error: io::Error| PodError::State(format!("cannot serve in {}: {error}", directory.display()));
+    let short = ShortPath::of(directory).map_err(failed)?;
+    let attach = attach::listen(&short.join(ATTACH)).map_err(failed)?;
+    let listener = UnixListener::bind(short.join(TASK)).map_err(failed)?;
+    let service = Arc::new(task::TaskService::new(Arc::clone(pod), attach.pending()));
+    let stream = futures::stream::unfold(listener, |listener| async move {
+        let accepted = listener.accept().await.map(|(stream, _)| stream);
+        Some((accepted, listener))
+    });
+    let mut server = Server::new().add_listener(Listener::new(stream));
+    // Versions 2 and 3 of the service have the same messages.
+    let mut methods = create_task(service.clone());
+    methods.extend(create_task(service).into_iter().map(|(name, service)| (name.replace(".v3.", ".v2."), service)));
+    server = server.register_service(methods);
+    server.start().await.map_err(|error| failed(io::Error::other(error)))?;
+    Ok(Service { _server: server, _attach: attach })
+}
+
+/// A directory by its descriptor, so that the paths of sockets in it are shorter than the 107 bytes that they may have.
+struct ShortPath {
+    fd: OwnedFd,
+}
+
+impl ShortPath {
+    fn of(directory: &Path) -> io::Result<Self> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Ok(Self { fd: open(directory, flags, Mode::empty())? })
+    }
+
+    fn join(&self, name: &str) -> PathBuf {
+        format!("/proc/self/fd/{}/{name}", self.fd.as_raw_fd()).into()
+    }
+}

@@ -1,0 +1,77 @@
+//! The container's root file system and volumes as the stand-in has them: what an engine sees that joins its mount
+//! namespace (`podman cp`), or looks through `/proc/<pid>/root`.
+//!
+//! File systems that only the guest has (tmpfs, the guest's /proc and /sys) are not there.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use crate::host;
+
+/// A bind mount of the container.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Volume {
+    /// On the host.
+    pub source: PathBuf,
+    /// In the container.
+    pub destination: PathBuf,
+    /// Whether the container may not write to it.
+    pub read_only: bool,
+}
+
+/// What a stand-in sees.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct View {
+    /// The root file system on the host.
+    pub rootfs: PathBuf,
+    /// In the order of their mounting.
+    pub volumes: Vec<Volume>,
+}
+
+impl View {
+    /// Makes it the calling process' root. The process must have a mount namespace of its own.
+    ///
+    /// # Errors
+    /// Which step failed.
+    pub fn take_up(self) -> io::Result<()> {
+        let root = self.step("clone", host::clone_tree(&self.rootfs))?;
+        let mut volumes = Vec::with_capacity(self.volumes.len());
+        for volume in &self.volumes {
+            volumes.push((self.step("clone", volume.open())?, volume));
+        }
+        let proc = self.step("mount proc for", host::new_proc())?;
+        // Any directory will do for the moment: the namespace is this process' alone.
+        self.step("change to", host::change_root(&root, Path::new("/proc")))?;
+        for (tree, volume) in volumes {
+            volume.attach(&tree, &root);
+        }
+        // A root file system without /proc is possible.
+        if let Err(error) = host::attach_inside(&proc, &root, Path::new("proc")) {
+            log::debug!("no /proc for the stand-in: {error}");
+        }
+        Ok(())
+    }
+
+    fn step<T>(&self, what: &str, result: io::Result<T>) -> io::Result<T> {
+        let rootfs = self.rootfs.display();
+        result.map_err(|error| io::Error::new(error.kind(), format!("cannot {what} the root {rootfs}: {error}")))
+    }
+}
+
+impl Volume {
+    fn open(&self) -> io::Result<OwnedFd> {
+        let tree = host::clone_tree(&self.source)?;
+        if self.read_only {
+            host::make_read_only(&tree)?;
+        }
+        Ok(tree)
+    }
+
+    /// Its mount point may lie in a file system that only the guest has.
+    fn attach(&self, tree: &OwnedFd, root: &OwnedFd) {
+        if let Err(error) = host::attach_inside(tree, root, &self.destination) {
+            log::debug!("{} is not seen by the stand-in: {error}", self.destination.display());
+        }
+    }
+}

@@ -1,0 +1,293 @@
+//! What a sandbox process does: boots the virtual machine, makes the container, serves those who ask about it, and
+//! ends everything when the last container has ended.
+
+use std::io::{self, PipeReader, PipeWriter, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use katavm_protocol::agent::{Exit, Ready};
+use katavm_vmm::{ExitReason, Microvm};
+use serde::{Deserialize, Serialize};
+
+use crate::hooks::{self, Point};
+use crate::launch::Launch;
+use crate::link::Link;
+use crate::pod::{Io, NewContainer, Phase, Pod, PodError, Process};
+use crate::process::signals::{Listening, Received, Signals};
+use crate::sandbox::vm::{self, Boot, ReadyPort, Started};
+use crate::sandbox::{Sandbox, SandboxError, blocking, probe, share};
+use crate::service;
+use crate::state::{Journal, Record, Status};
+use crate::timings::{self, Timings};
+
+/// How long what a failed guest has sent is waited for.
+const LEFTOVER_PATIENCE: Duration = Duration::from_secs(2);
+
+/// How the sandbox process lives.
+pub enum Mode {
+    /// It is the user's own process: starts the container at once, and passes signals on.
+    Foreground,
+    /// It goes on by itself when it has reported; the container is started by whoever asks for it.
+    Background(Report),
+}
+
+/// The container's streams and what speaks for it on the host.
+pub struct Outside {
+    /// Its streams.
+    pub io: Io,
+    /// To its stand-in.
+    pub link: OwnedFd,
+    /// Meant for it.
+    pub signals: Signals,
+    /// Where its state is written down.
+    pub journal: Journal,
+    /// Its state directory.
+    pub directory: PathBuf,
+}
+
+/// Tells the process that made this one how it went.
+pub struct Report(PipeWriter);
+
+/// Hears it.
+pub struct Reported(PipeReader);
+
+#[derive(Serialize, Deserialize)]
+struct Outcome(Result<(), String>);
+
+/// Both ends of a report.
+///
+/// # Errors
+/// Those of pipe2(2).
+pub fn report() -> io::Result<(Report, Reported)> {
+    let (reader, writer) = io::pipe()?;
+    Ok((Report(writer), Reported(reader)))
+}
+
+impl Report {
+    /// Tells, once.
+    pub fn tell(mut self, outcome: Result<(), String>) {
+        // Whoever waited may be gone; the container is there all the same.
+        let _ = serde_json::to_vec(&Outcome(outcome)).map(|bytes| self.0.write_all(&bytes));
+    }
+}
+
+impl Reported {
+    /// Waits for it.
+    ///
+    /// # Errors
+    /// Why the container was not made.
+    pub fn wait(mut self) -> Result<(), String> {
+        let mut bytes = Vec::new();
+        self.0.read_to_end(&mut bytes).map_err(|error| error.to_string())?;
+        match serde_json::from_slice(&bytes) {
+            Ok(Outcome(outcome)) => outcome,
+            Err(_) => Err("the sandbox process ended unexpectedly".into()),
+        }
+    }
+}
+
+/// Runs a container to its end in a sandbox made for it; the exit of its first process.
+///
+/// # Errors
+/// Whatever keeps it from coming to its end.
+pub fn supervise(launch: &Launch, outside: Outside, mode: Mode, timings: &mut Timings) -> anyhow::Result<Exit> {
+    let mut report = None;
+    let foreground = match mode {
+        Mode::Foreground => true,
+        Mode::Background(to) => {
+            report = Some(to);
+            false
+        }
+    };
+    let outcome = boot(launch).map_err(anyhow::Error::from).and_then(|started| {
+        let work = Work { launch, foreground, report: &mut report, timings };
+        work.run(started, outside)
+    });
+    let outcome = outcome.map_err(explain);
+    if let (Some(report), Err(error)) = (report, &outcome) {
+        report.tell(Err(format!("{error:#}")));
+    }
+    outcome
+}
+
+fn boot(launch: &Launch) -> anyhow::Result<Started> {
+    let console = launch.console.then(|| io::stderr().as_fd().try_clone_to_owned());
+    let console = console.transpose().context("cannot duplicate standard error")?;
+    let share = share::open(&launch.plan.exports)?;
+    Ok(vm::boot(Boot { image: launch.image.clone(), size: launch.plan.size, share, console })?)
+}
+
+struct Work<'a> {
+    launch: &'a Launch,
+    foreground: bool,
+    report: &'a mut Option<Report>,
+    timings: &'a mut Timings,
+}
+
+impl Work<'_> {
+    fn run(mut self, started: Started, outside: Outside) -> anyhow::Result<Exit> {
+        let Started { vm, host, ready } = started;
+        let vm = Arc::new(vm);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let runtime = runtime.context("cannot start the runtime for the agent's service")?;
+        let outcome = runtime.block_on(async {
+            let machine = Arc::clone(&vm);
+            let sandbox = Arc::new(Sandbox::new(machine, Arc::new(host))?);
+            let mut pod = None;
+            let outcome = tokio::select! {
+                ended = sandbox.ended() => Err(ended.into()),
+                outcome = self.contain(&sandbox, ready, outside, &mut pod) => outcome,
+            };
+            let outcome = match outcome {
+                Err(PodError::Sandbox(error)) => Err(sandbox.explain(error).await.into()),
+                outcome => outcome,
+            };
+            let hangs = matches!(outcome, Err(PodError::Sandbox(SandboxError::Hangs { .. })));
+            let agent = pod.as_deref().map(Pod::agent).filter(|_| !hangs);
+            sandbox.shut_down(agent).await;
+            if let Some(pod) = &pod {
+                // The streams have ended with the machine: what was on its way is written still.
+                if tokio::time::timeout(LEFTOVER_PATIENCE, pod.drained()).await.is_err() {
+                    log::warn!("nobody reads what the container wrote last");
+                }
+                pod.end_all();
+            }
+            outcome
+        });
+        self.finish(&vm);
+        // Threads that wait for a guest that is gone need not be waited for.
+        runtime.shutdown_background();
+        Ok(outcome?)
+    }
+
+    /// Makes the container and stays with it to its end.
+    async fn contain(
+        &mut self,
+        sandbox: &Arc<Sandbox>,
+        ready: ReadyPort,
+        outside: Outside,
+        pod: &mut Option<Arc<Pod>>,
+    ) -> Result<Exit, PodError> {
+        let signals = outside.signals.listen().map_err(|error| PodError::Signals(io::Error::other(error)))?;
+        let made = async {
+            let hostname = self.launch.bundle.spec.hostname().clone().unwrap_or_default();
+            let (prepared, ready) = Pod::prepare(sandbox, move |patience| ready.wait(patience), &hostname).await?;
+            self.note_ready(&ready);
+            let pod = pod.insert(prepared);
+            let stand_in = |error: io::Error| PodError::StandIn(error.to_string());
+            let new = NewContainer {
+                id: self.launch.id.to_string(),
+                spec: self.launch.plan.guest_spec.clone(),
+                io: outside.io,
+                link: Some(Link::new(outside.link).map_err(stand_in)?),
+                journal: outside.journal,
+            };
+            let process = pod.create(new).await?;
+            process.settle_stand_in().await?;
+            self.timings.mark(timings::CREATED);
+            let server = service::serve(pod, &outside.directory).await?;
+            Ok::<_, PodError>((Arc::clone(pod), process, server))
+        };
+        let (pod, process, _server) = tokio::select! {
+            made = made => made?,
+            interrupted = interrupted(&signals) => return Err(interrupted),
+        };
+        if self.foreground {
+            process.start().await?;
+            self.timings.mark(timings::RUNNING);
+            let record = pod.container(self.launch.id.as_str())?.record();
+            poststart(record).await?;
+        } else if let Some(report) = self.report.take() {
+            pod.container(self.launch.id.as_str())?.keep();
+            report.tell(Ok(()));
+        }
+        tokio::select! {
+            () = pod.deserted() => {}
+            lost = sandbox.heartbeat_lost(pod.agent()) => return Err(lost.into()),
+            failed = forward(&process, &signals, self.foreground) => return Err(failed),
+        }
+        self.timings.mark(timings::EXITED);
+        match process.phase() {
+            Phase::Stopped(exit) => Ok(exit),
+            Phase::Created | Phase::Running => Err(PodError::State("the container has not ended".into())),
+        }
+    }
+
+    fn note_ready(&mut self, ready: &Ready) {
+        let now = katavm_vmm::now();
+        self.timings.mark_at(timings::AGENT_READY, now);
+        // The guest's clock starts with its kernel: counted back from when its report arrived.
+        self.timings.mark_at(timings::GUEST_CLOCK, now.saturating_sub(ready.ready_ns));
+        let since_main = ready.ready_ns.saturating_sub(ready.agent_main_ns);
+        self.timings.mark_at(timings::AGENT_MAIN, now.saturating_sub(since_main));
+        self.timings.fact("guest_kernel", ready.kernel_release.clone());
+    }
+
+    /// Notes what the machine knows of its own time.
+    fn finish(&mut self, vm: &Microvm) {
+        vm.stop();
+        self.timings.mark_at(timings::VM_CREATED, vm.timeline().vm_created());
+        self.timings.mark_at(timings::FIRST_RUN, vm.timeline().first_run());
+        self.timings.mark_at(timings::VM_ENDED, vm.timeline().ended());
+        self.timings.fact("kvm_exits", vm.exits());
+    }
+}
+
+/// Runs the hooks that follow the start; the container ends with the sandbox if one fails.
+async fn poststart(record: Record) -> Result<(), PodError> {
+    let hooks = move || {
+        let state = record.for_hooks(Status::Running);
+        hooks::run(record.hooks.as_ref(), Point::Poststart, &state).map_err(io::Error::other)
+    };
+    blocking(hooks).await.map_err(|error| PodError::State(error.to_string()))
+}
+
+/// Returns when a signal comes that ends what nobody waits for; others are taken and dropped.
+async fn interrupted(signals: &Listening) -> PodError {
+    loop {
+        match signals.next().await.map(Received::ends) {
+            Ok(Some(signal)) => return PodError::Interrupted(signal),
+            Ok(None) => {}
+            Err(error) => return PodError::Signals(error),
+        }
+    }
+}
+
+/// Passes signals on, one after the other; returns only when they cannot be read any more.
+///
+/// In the background only SIGTERM is meant for the container: the host goes down.
+async fn forward(process: &Process, signals: &Listening, foreground: bool) -> PodError {
+    loop {
+        match signals.next().await {
+            Ok(Received::Resized) => process.resized().await,
+            // Nobody reads on, and the user has had enough.
+            Ok(received) if process.has_exited() && received.ends().is_some() => process.give_up(),
+            Ok(Received::Forward(signal)) if foreground || signal == libc::SIGTERM => {
+                // The process may have ended meanwhile.
+                if let Err(error) = process.signal(signal).await {
+                    log::debug!("cannot send signal {signal} to the container: {error}");
+                }
+            }
+            Ok(Received::Forward(_)) => {}
+            Err(error) => return PodError::Signals(error),
+        }
+    }
+}
+
+/// A KVM that gives up on a guest may be one that cannot run any: that is asked again then.
+fn explain(error: anyhow::Error) -> anyhow::Error {
+    let gave_up = matches!(
+        error.downcast_ref(),
+        Some(PodError::Sandbox(SandboxError::Ended { reason: ExitReason::InternalError { .. }, .. }))
+    );
+    if !gave_up {
+        return error;
+    }
+    match katavm_vmm::probe::check(std::path::Path::new(probe::KVM)) {
+        Err(reason) => error.context(reason),
+        Ok(_) => error,
+    }
+}
