@@ -38,6 +38,28 @@ pub fn create(request: &CreateSandboxRequest) -> Result<(), Error> {
     if request.shared_tag.is_empty() { Ok(()) } else { mount_shared(&request.shared_tag) }
 }
 
+/// Sets a parameter of the guest's kernel (sysctl(8)), by its name with dots or slashes.
+///
+/// # Errors
+/// That there is none of this name, or that the kernel refuses the value.
+pub fn set_sysctl(name: &str, value: &str) -> Result<(), Error> {
+    // Whichever separator comes first is the separator, the other a character of a name (sysctl.d(5)).
+    let dotted = name.find(['.', '/']).is_some_and(|at| name.as_bytes().get(at) == Some(&b'.'));
+    let swap = |c| match c {
+        '.' => '/',
+        '/' => '.',
+        other => other,
+    };
+    let path: String = if dotted { name.chars().map(swap).collect() } else { name.into() };
+    if path.split('/').any(|part| matches!(part, "" | "." | "..")) {
+        return Err(Error::Invalid(format!("linux.sysctl: {name:?} is no name of a kernel parameter")));
+    }
+    std::fs::write(format!("/proc/sys/{path}"), value).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => Error::Invalid(format!("linux.sysctl: the guest's kernel has no {name}")),
+        _ => Error::io(format_args!("linux.sysctl: cannot set {name} to {value:?}"), error),
+    })
+}
+
 fn mount_shared(tag: &str) -> Result<(), Error> {
     // Device nodes on it are the containers' own (their device rules bind); set-user-id files must work.
     mount(Some(tag), SHARED, Some("virtiofs"), MsFlags::empty(), None::<&str>).map_err(|error| match error {

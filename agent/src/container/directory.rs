@@ -6,6 +6,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::Error;
 
@@ -26,12 +27,14 @@ pub fn check_id(id: &str) -> Result<(), Error> {
 pub struct Directory(PathBuf);
 
 impl Directory {
-    /// Makes `parent/name`, for the agent alone.
+    /// Makes one in `parent`, for the agent alone. Its name is a number: the paths of sockets in it must be shorter than
+    /// the 107 bytes that they may have, which ids are not.
     ///
     /// # Errors
     /// Those of mkdir(2).
-    pub fn make(parent: &Path, name: &str) -> io::Result<Self> {
-        let path = parent.join(name);
+    pub fn make(parent: &Path) -> io::Result<Self> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let path = parent.join(NEXT.fetch_add(1, Ordering::Relaxed).to_string());
         fs::create_dir(&path)?;
         fs::set_permissions(&path, Permissions::from_mode(0o700))?;
         Ok(Self(path))
@@ -79,10 +82,10 @@ mod tests {
     #[test]
     fn a_dropped_directory_is_gone() {
         let parent = tempfile::tempdir().unwrap();
-        let directory = Directory::make(parent.path(), "c1").unwrap();
+        let directory = Directory::make(parent.path()).unwrap();
         fs::write(directory.path().join("config.json"), "{}").unwrap();
         let path = directory.path().to_owned();
-        assert!(Directory::make(parent.path(), "c1").is_err());
+        assert_ne!(Directory::make(parent.path()).unwrap().path(), path);
         drop(directory);
         assert!(!path.exists());
     }

@@ -17,6 +17,7 @@ use crate::error::Error;
 use crate::events::Events;
 use crate::helper::{CreateTask, ExecTask, Task};
 use crate::reaper::{Birth, Ended, Reaper};
+use crate::sandbox;
 use crate::streams::Ends;
 use crate::streams::console::{ConsoleSocket, resize, set_owner};
 
@@ -95,8 +96,11 @@ impl Containers {
         }
         let claim = Claim(Some(|| drop(self.lock().remove(&id))));
         let cgroup = Cgroup::of(&id);
-        let spec = spec::adapt(&request.spec, cgroup.path_in_tree())?;
-        let directory = Directory::make(Path::new(super::DIR), &id)
+        let mut spec = spec::adapt(&request.spec, cgroup.path_in_tree())?;
+        for (name, value) in spec::take_network_sysctls(&mut spec) {
+            sandbox::set_sysctl(&name, &value)?;
+        }
+        let directory = Directory::make(Path::new(super::DIR))
             .map_err(|error| Error::io(format_args!("cannot make the directory of {id}"), error))?;
         write_json(&directory.path().join("config.json"), &spec)?;
         let container = Arc::new(Container {
@@ -156,7 +160,7 @@ impl Containers {
             std::collections::hash_map::Entry::Vacant(entry) => drop(entry.insert(None)),
         }
         let claim = Claim(Some(|| drop(crate::lock(&container.processes).remove(&exec_id))));
-        let directory = Directory::make(container.directory.path(), &format!("exec-{exec_id}"))
+        let directory = Directory::make(container.directory.path())
             .map_err(|error| Error::io(format_args!("cannot make the directory of {exec_id}"), error))?;
         let console = console_for(&process, directory.path())?;
         let task = ExecTask {

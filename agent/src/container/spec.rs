@@ -45,6 +45,20 @@ pub fn adapt(json: &[u8], cgroup: PathBuf) -> Result<Spec, Error> {
     Ok(spec)
 }
 
+/// Takes the settings of the network out of a specification: the guest's network is the container's, and libcontainer
+/// would refuse them in a container without a network namespace.
+pub fn take_network_sysctls(spec: &mut Spec) -> Vec<(String, String)> {
+    let Some(linux) = spec.linux_mut() else { return Vec::new() };
+    let (network, others) = linux.sysctl().clone().unwrap_or_default().into_iter().partition(|(name, _)| {
+        // sysctl(8) takes both separators.
+        name.starts_with("net.") || name.starts_with("net/")
+    });
+    linux.set_sysctl(Some(others));
+    let mut network: Vec<_> = network.into_iter().collect();
+    network.sort_unstable();
+    network
+}
+
 /// Adapts a process, a container's first or a further one.
 ///
 /// # Errors
@@ -155,6 +169,17 @@ mod tests {
         assert!(broken(&|json| json["root"]["path"] = "rootfs".into()).contains("root.path"));
         let listener = serde_json::json!({"defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/run/x"});
         assert!(broken(&|json| json["linux"]["seccomp"] = listener.clone()).contains("listenerPath"));
+    }
+
+    #[test]
+    fn settings_of_the_network_are_told_apart() {
+        let mut json = minimal();
+        json["linux"]["sysctl"] = serde_json::json!({"net.core.somaxconn": "7", "kernel.msgmax": "1", "net/x": "2"});
+        let mut spec = adapted(json).unwrap();
+        let network = take_network_sysctls(&mut spec);
+        assert_eq!(network.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["net.core.somaxconn", "net/x"]);
+        let left = spec.linux().as_ref().unwrap().sysctl().clone().unwrap();
+        assert_eq!(left.into_keys().collect::<Vec<_>>(), ["kernel.msgmax"]);
     }
 
     #[test]

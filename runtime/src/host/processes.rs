@@ -88,9 +88,9 @@ static INHERITED: std::sync::OnceLock<Vec<i32>> = std::sync::OnceLock::new();
 /// Notes which descriptors this process was started with: call it first of all.
 pub fn note_inherited() {
     let list = std::fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
-    let numbers = list.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    let numbers: Vec<_> = list.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok()).collect();
     // The directory's own descriptor is in its list, and closed by now.
-    let open = numbers.filter(|fd| *fd > 2 && rustix::io::fcntl_getfd(borrow(*fd)).is_ok()).collect();
+    let open = numbers.into_iter().filter(|fd| *fd > 2 && rustix::io::fcntl_getfd(borrow(*fd)).is_ok()).collect();
     // Noted once only.
     let _ = INHERITED.set(open);
 }

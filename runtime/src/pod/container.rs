@@ -152,8 +152,9 @@ impl Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        if let Some(None) = self.container.execs().get(&self.exec_id) {
-            self.container.execs().remove(&self.exec_id);
+        let mut execs = self.container.execs();
+        if execs.get(&self.exec_id).is_some_and(Option::is_none) {
+            execs.remove(&self.exec_id);
         }
     }
 }
