@@ -34,10 +34,10 @@ fn main() -> ExitCode {
 /// The sandbox process: says who its watcher is, and ends when its standard input does.
 fn sandbox(root: &Path) -> ExitCode {
     let root = StateRoot::open(root.into()).unwrap();
-    let state = root.claim(&"c1".parse().unwrap()).unwrap();
-    match watcher::start(state).unwrap() {
+    match watcher::start(&root).unwrap() {
         Role::Watcher => ExitCode::SUCCESS,
-        Role::Sandbox(state, watcher) => {
+        Role::Sandbox(watcher) => {
+            let state = root.claim(&"c1".parse().unwrap()).unwrap();
             println!("{}", children(std::process::id()).first().unwrap());
             std::io::stdin().read_to_end(&mut Vec::new()).unwrap();
             drop(state);
@@ -61,7 +61,9 @@ impl Case {
         let root = dir.path().join("root");
         let mut sandbox = Command::new(std::env::current_exe().unwrap())
             .arg("sandbox")
-            .arg(&root)
+            // Relative, as a user may give it: the watcher is elsewhere when it cleans up.
+            .arg("root")
+            .current_dir(dir.path())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()

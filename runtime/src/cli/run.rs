@@ -42,11 +42,12 @@ pub fn run(global: &Global, options: Run, mut timings: Timings) -> anyhow::Resul
 
     let signals = Signals::block()?;
     let root = state_root(global)?;
-    // Dropped last: it sees that all else is gone.
-    let (state, _watcher) = match watcher::start(root.claim(&id)?)? {
-        Role::Sandbox(state, watcher) => (state, watcher),
+    // Made first and dropped last: it cleans up after everything else.
+    let _watcher = match watcher::start(&root)? {
+        Role::Sandbox(watcher) => watcher,
         Role::Watcher => return Ok(0),
     };
+    let state = root.claim(&id)?;
     let mut record = Record::new(&id, &bundle.path);
     state.write(&record)?;
 
