@@ -9,6 +9,7 @@ use katavm_protocol::agent::{
     ResizeTerminalRequest, SignalRequest,
 };
 use katavm_protocol::agent_ttrpc::AgentClient;
+use tokio::time::timeout;
 use ttrpc::r#async::Client;
 use ttrpc::r#async::transport::Socket;
 use ttrpc::context::{Context, with_duration};
@@ -17,6 +18,9 @@ use crate::process::terminal::WindowSize;
 
 /// How long the agent has for a request that waits for nobody. Generous: guests run on busy hosts.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How much later than this client the agent gives a request up: ttrpc's own deadline would look like a broken
+/// connection here.
+const LATER: Duration = Duration::from_secs(5);
 
 /// Why the agent did not do what it was asked for.
 #[derive(Debug, thiserror::Error)]
@@ -30,6 +34,18 @@ pub enum AgentError {
     /// The connection does not work.
     #[error("cannot speak to the agent in the guest: {0}")]
     Connection(String),
+}
+
+/// Waits for an answer.
+async fn within<T>(patience: Duration, answer: impl Future<Output = ttrpc::Result<T>>) -> Result<T, AgentError> {
+    match timeout(patience, answer).await {
+        Ok(answer) => Ok(answer?),
+        Err(_) => Err(AgentError::Silent),
+    }
+}
+
+fn deadline(patience: Duration) -> Context {
+    with_duration(patience.saturating_add(LATER))
 }
 
 impl From<ttrpc::Error> for AgentError {
@@ -64,7 +80,7 @@ impl Agent {
     /// # Errors
     /// Any [`AgentError`].
     pub async fn check(&self, patience: Duration) -> Result<(), AgentError> {
-        self.client.check(with_duration(patience), &CheckRequest::new()).await?;
+        within(patience, self.client.check(deadline(patience), &CheckRequest::new())).await?;
         Ok(())
     }
 
@@ -73,7 +89,7 @@ impl Agent {
     /// # Errors
     /// Any [`AgentError`].
     pub async fn create_sandbox(&self, request: &CreateSandboxRequest) -> Result<(), AgentError> {
-        self.client.create_sandbox(with_duration(PATIENCE), request).await?;
+        within(PATIENCE, self.client.create_sandbox(deadline(PATIENCE), request)).await?;
         Ok(())
     }
 
@@ -82,7 +98,7 @@ impl Agent {
     /// # Errors
     /// Any [`AgentError`]; the guest may have ended before the answer was out.
     pub async fn destroy_sandbox(&self) -> Result<(), AgentError> {
-        self.client.destroy_sandbox(with_duration(PATIENCE), &Empty::new()).await?;
+        within(PATIENCE, self.client.destroy_sandbox(deadline(PATIENCE), &Empty::new())).await?;
         Ok(())
     }
 
@@ -91,7 +107,7 @@ impl Agent {
     /// # Errors
     /// Any [`AgentError`].
     pub async fn create_container(&self, request: &CreateContainerRequest) -> Result<(), AgentError> {
-        self.client.create_container(with_duration(PATIENCE), request).await?;
+        within(PATIENCE, self.client.create_container(deadline(PATIENCE), request)).await?;
         Ok(())
     }
 
@@ -101,7 +117,7 @@ impl Agent {
     /// Any [`AgentError`].
     pub async fn start_container(&self, id: &str) -> Result<(), AgentError> {
         let request = ContainerRequest { container_id: id.into(), ..Default::default() };
-        self.client.start_container(with_duration(PATIENCE), &request).await?;
+        within(PATIENCE, self.client.start_container(deadline(PATIENCE), &request)).await?;
         Ok(())
     }
 
@@ -122,7 +138,7 @@ impl Agent {
     pub async fn signal(&self, id: &str, signal: i32) -> Result<(), AgentError> {
         let signal = signal.unsigned_abs();
         let request = SignalRequest { container_id: id.into(), signal, ..Default::default() };
-        self.client.signal(with_duration(PATIENCE), &request).await?;
+        within(PATIENCE, self.client.signal(deadline(PATIENCE), &request)).await?;
         Ok(())
     }
 
@@ -133,7 +149,7 @@ impl Agent {
     pub async fn resize(&self, id: &str, size: WindowSize) -> Result<(), AgentError> {
         let WindowSize { rows, columns } = size;
         let request = ResizeTerminalRequest { container_id: id.into(), rows, columns, ..Default::default() };
-        self.client.resize_terminal(with_duration(PATIENCE), &request).await?;
+        within(PATIENCE, self.client.resize_terminal(deadline(PATIENCE), &request)).await?;
         Ok(())
     }
 }
