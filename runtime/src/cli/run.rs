@@ -17,6 +17,7 @@ use crate::process::stdio::Inherited;
 use crate::process::terminal::{Terminal, WindowSize};
 use crate::sandbox::image::GuestImage;
 use crate::sandbox::plan::{Plan, SizeOptions};
+use crate::sandbox::size::memory_limit;
 use crate::sandbox::vm::{self, Boot, Started};
 use crate::sandbox::{Sandbox, SandboxError, probe, share};
 use crate::state::{Id, Record, StateDir, Status};
@@ -67,6 +68,9 @@ pub fn run(global: &Global, options: Run, mut timings: Timings) -> anyhow::Resul
     let outcome = supervise(started, job, signals, &state, &mut record, &mut timings);
     tell(&timings, options.timings);
     let exit = outcome.map_err(explain)?;
+    if exit.oom_killed {
+        log::warn!("{}", out_of_memory(memory_limit(&bundle.spec), plan.size.memory_mib));
+    }
     Ok(u8::try_from(exit.status).unwrap_or(u8::MAX))
 }
 
@@ -161,8 +165,30 @@ fn explain(error: anyhow::Error) -> anyhow::Error {
     }
 }
 
+/// What an exit code of 137 does not tell.
+fn out_of_memory(limit: Option<u64>, guest_mib: u32) -> String {
+    const BEGIN: &str = "out of memory: the guest's kernel killed a process of the container";
+    match limit.map(|bytes| bytes >> 20).filter(|limit| *limit < guest_mib.into()) {
+        Some(limit) => format!("{BEGIN}, whose limit is {limit} MiB (linux.resources.memory.limit)"),
+        None => format!("{BEGIN}; the whole guest has {guest_mib} MiB, --memory gives it more"),
+    }
+}
+
 fn console_size(bundle: &Bundle) -> WindowSize {
     let size = bundle.spec.process().as_ref().and_then(|process| process.console_size());
     let number = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
     size.map(|size| WindowSize { rows: number(size.height()), columns: number(size.width()) }).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whose_memory_ran_out_is_told() {
+        assert!(out_of_memory(Some(64 << 20), 146).ends_with("whose limit is 64 MiB (linux.resources.memory.limit)"));
+        for limit in [None, Some(1 << 30)] {
+            assert!(out_of_memory(limit, 512).ends_with("the whole guest has 512 MiB, --memory gives it more"));
+        }
+    }
 }
