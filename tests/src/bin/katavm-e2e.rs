@@ -8,6 +8,9 @@ use anyhow::Result;
 use katavm_tests::e2e;
 
 fn main() -> Result<ExitCode> {
+    if let Some(code) = e2e::enter() {
+        return Ok(code);
+    }
     let (options, filters): (Vec<_>, Vec<_>) = std::env::args().skip(1).partition(|argument| argument == "--long");
     let all_passed = e2e::run(&e2e::cases(!options.is_empty()), &filters, &mut std::io::stdout())?;
     Ok(if all_passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -227,18 +227,55 @@ impl Running {
         Ok(())
     }
 
+    /// A duplicate of its output stream, to read elsewhere.
+    ///
+    /// # Errors
+    /// When no descriptor is left.
+    pub fn output(&self) -> Result<UnixStream> {
+        Ok(self.stdout.try_clone()?)
+    }
+
+    /// Reads its output to the end: all of it, what was read before as well.
+    ///
+    /// # Errors
+    /// When the connection breaks.
+    pub fn rest(&mut self) -> Result<Vec<u8>> {
+        let mut stdout = std::mem::take(&mut self.read);
+        self.stdout.read_to_end(&mut stdout)?;
+        self.stdout.shutdown(Shutdown::Both).ok();
+        Ok(stdout)
+    }
+
     /// Reads its output to the end and waits for its exit.
     ///
     /// # Errors
     /// When the connection breaks.
     pub fn wait(mut self, guest: &Guest) -> Result<(Vec<u8>, Exit)> {
-        let mut stdout = self.read;
-        self.stdout.read_to_end(&mut stdout)?;
-        self.stdout.shutdown(Shutdown::Both).ok();
-        let request = ProcessRequest { container_id: self.id, ..Default::default() };
-        let exit = guest.ask(guest.agent.wait(Guest::soon(), &request))?.exit;
-        Ok((stdout, exit.into_option().context("no exit")?))
+        Ok((self.rest()?, guest.exit(&self)?))
     }
+}
+
+/// Whoever has the conversation with a guest's agent.
+pub trait Conversation {
+    /// Waits for the end of a container process.
+    ///
+    /// # Errors
+    /// What the agent answered.
+    fn exit(&self, running: &Running) -> Result<Exit>;
+}
+
+impl Conversation for Guest {
+    fn exit(&self, running: &Running) -> Result<Exit> {
+        let exit = exit_of(running, &self.agent, &self.runtime);
+        exit.with_context(|| format!("console:\n{}", self.vm.console().tail()))
+    }
+}
+
+/// Asks an agent for the end of a container process, and waits for it.
+pub(super) fn exit_of(running: &Running, agent: &AgentClient, runtime: &Runtime) -> Result<Exit> {
+    let request = ProcessRequest { container_id: running.id.clone(), ..Default::default() };
+    let exit = runtime.block_on(agent.wait(Guest::soon(), &request))?.exit;
+    exit.into_option().context("no exit")
 }
 
 /// Docker's default set, shortened to what the cases need.

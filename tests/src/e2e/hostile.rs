@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use katavm_protocol::ports;
+use katavm_protocol::ports::{HOST_CID, RPC, STREAM};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -20,14 +20,18 @@ use super::{Context, Table, Verdict};
 pub const CASES: Table = (
     "hostile",
     &[
-        ("a_container_that_dials_everything_gets_nowhere", nowhere),
+        ("a_container_that_dials_everything_gets_nowhere", |context| nowhere(context, 2048)),
         ("a_port_that_was_opened_is_all_that_answers", opened),
     ],
 );
 
+/// For `katavm-e2e --long`.
+pub const LONG: Table =
+    ("hostile", &[("a_container_that_dials_65536_ports_gets_nowhere", |context| nowhere(context, 1 << 16))]);
+
 /// What runs in the container.
 const PROGRAM: &str = include_str!("hostile.py");
-const LIMIT: Duration = Duration::from_secs(480);
+const LIMIT: Duration = Duration::from_secs(3600);
 
 /// What the program found.
 #[derive(Debug, Deserialize)]
@@ -53,18 +57,18 @@ impl Found {
     }
 
     /// Whether it tried in earnest, and was refused as it must be; what was open is for the case to judge.
-    fn judge(&self) -> Result<()> {
+    fn judge(&self, ports: u32) -> Result<()> {
         let tried: u32 = self.outcomes.values().sum();
-        ensure!(tried > 6500 && self.flooded == 4000, "it did not try much: {self:?}");
+        ensure!(tried > ports + 400 && self.flooded == 600, "it did not try much: {self:?}");
         // Nothing hangs: each dial is answered at once.
         for outcome in ["TIMEDOUT", "ETIMEDOUT", "timed out"] {
             ensure!(!self.outcomes.contains_key(outcome), "dials were not answered: {self:?}");
         }
         let refused = self.outcomes.get("ECONNRESET").copied().unwrap_or_default();
-        ensure!(refused > 6000, "the device refused {refused} of {tried}: {self:?}");
+        ensure!(refused > ports + 200, "the device refused {refused} of {tried}: {self:?}");
         // The agent's ports are the agent's, under either of the guest's addresses.
         for cid in [u32::MAX, CID as u32] {
-            for port in [ports::RPC, ports::STREAM] {
+            for port in [RPC, STREAM] {
                 let why = self.refused.get(&format!("{cid}:{port}")).map(String::as_str);
                 ensure!(why == Some("EADDRINUSE"), "binding {cid}:{port} gave {why:?}");
             }
@@ -87,7 +91,7 @@ fn debian() -> Result<PathBuf, Verdict> {
 }
 
 /// By `katavm run`, as a user would: nothing answers, and the container's own streams and files are as good as ever.
-fn nowhere(context: &Context) -> Result<Verdict> {
+fn nowhere(context: &Context, ports: u32) -> Result<Verdict> {
     let debian = match debian() {
         Ok(bundle) => bundle,
         Err(skipped) => return Ok(skipped),
@@ -100,7 +104,7 @@ fn nowhere(context: &Context) -> Result<Verdict> {
     privilege(&mut config);
     config["root"]["path"] = json!(debian.join("rootfs"));
     // Whoever has a report has it written and read back through the shared file system as well.
-    let script = "set -e; python3 /data/hostile.py > /data/report; uname -r; cat /data/report";
+    let script = format!("set -e; python3 /data/hostile.py 0 {ports} > /data/report; uname -r; cat /data/report");
     config["process"]["args"] = json!(["sh", "-c", script]);
     let data = json!({"destination": "/data", "type": "bind", "source": "data", "options": ["rbind"]});
     config["mounts"].as_array_mut().context("no mounts")?.push(data);
@@ -113,7 +117,7 @@ fn nowhere(context: &Context) -> Result<Verdict> {
     ensure!(release == context.kernel_release()?, "it ran on {release}");
     ensure!(fs::read_to_string(bundle.join("data/report"))? == report, "the report on disk differs");
     let found = Found::parse(context, report)?;
-    found.judge()?;
+    found.judge(ports)?;
     ensure!(found.open.is_empty(), "it got through to {:?}", found.open);
     Ok(Verdict::Passed)
 }
@@ -128,8 +132,11 @@ fn opened(context: &Context) -> Result<Verdict> {
     let guest = Guest::boot(context, |_| ())?;
     guest.sandbox()?;
     let listener = guest.sockets.listen(OPEN)?;
-    let mut hostile =
-        guest.start_privileged("hostile", &debian.join("rootfs"), &["/usr/bin/python3", "-c", PROGRAM])?;
+    let mut hostile = guest.start_privileged(
+        "hostile",
+        &debian.join("rootfs"),
+        &["/usr/bin/python3", "-c", PROGRAM, "4600", "4800"],
+    )?;
     // While it dials, the host has its own conversation: another container, from its making to its removal.
     let busybox = rootfs(context)?;
     let beside = guest.run("beside", &busybox, &["/bin/sh", "-c", "echo undisturbed"])?;
@@ -138,8 +145,8 @@ fn opened(context: &Context) -> Result<Verdict> {
     let (output, exit) = hostile.wait(&guest)?;
     ensure!(exit.status == 0, "status {}", exit.status);
     let found = Found::parse(context, &String::from_utf8_lossy(&output))?;
-    found.judge()?;
-    ensure!(found.open == [(ports::HOST_CID, OPEN)], "open is {:?}", found.open);
+    found.judge(200)?;
+    ensure!(found.open == [(HOST_CID, OPEN)], "open is {:?}", found.open);
     listener.accept(Some(Duration::from_secs(60))).context("its connection did not reach the host")?;
     let after = guest.run("after", &busybox, &["/bin/sh", "-c", "echo alive"])?;
     ensure!(after.stdout == b"alive\n" && after.exit.status == 0, "the guest does not work any more");

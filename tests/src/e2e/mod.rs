@@ -12,6 +12,7 @@ mod hostile;
 mod leftovers;
 mod manifest;
 mod process;
+mod rebuild;
 mod report;
 mod run;
 mod snapshot;
@@ -22,6 +23,7 @@ use anyhow::Result;
 
 pub use context::Context;
 pub use guest::Guest;
+pub use rebuild::enter;
 pub use report::run;
 
 /// What a case that did not fail says.
@@ -55,7 +57,7 @@ pub fn cases(long: bool) -> Vec<Case> {
         survive::CASES,
         user::CASES,
     ];
-    let long: &[Table] = if long { &[failing::LONG, survive::LONG] } else { &[] };
+    let long: &[Table] = if long { &[failing::LONG, hostile::LONG, survive::LONG] } else { &[] };
     let tables = usual.iter().chain(long);
     let cases = tables.flat_map(|(group, rows)| rows.iter().map(move |(name, check)| (group, name, check)));
     cases.map(|(group, name, check)| Case { group, name, check: *check }).collect()

@@ -61,7 +61,8 @@ impl Drop for KvmAccess {
 const SCRIPT: &str = "id -u; stat -c '%u %a' /mine; cat /mine; echo changed >> /mine; \
                       mkdir -m 2750 /new; echo x > /new/file; stat -c '%u %g' /new/file; \
                       chown 33:44 /new/file 2>&1; chown 0:0 /new/file 2>&1; mknod /new/null c 1 3 2>&1; \
-                      cat /secret 2>&1; stat -c '%u %g' /new/file; chmod 4711 /new/file; exit 7";
+                      cat /secret 2>&1; stat -c '%u %g' /new/file; chmod 4711 /new/file; \
+                      mkfifo /new/pipe && ln /new/file /new/link && ls /new | tr '\\n' ' '; exit 7";
 
 fn own_bundle(context: &Context) -> Result<Verdict> {
     if !geteuid().is_root() {
@@ -92,6 +93,7 @@ fn own_bundle(context: &Context) -> Result<Verdict> {
         "mknod: /new/null: Operation not permitted",
         "cat: can't open '/secret': Permission denied",
         &mine,
+        "file link pipe ",
     ];
     let lines: Vec<_> = run.stdout.lines().collect();
     ensure!(lines == expected, "{lines:#?} instead of {expected:#?}");
@@ -106,7 +108,8 @@ fn own_bundle(context: &Context) -> Result<Verdict> {
     }
 
     // While it runs, none of its processes is anybody else's, and a kill leaves nothing behind here either.
-    let config = fs::read_to_string(home.join("bundle/config.json"))?.replace("exit 7", "echo up; cat /dev/zero");
+    let config =
+        fs::read_to_string(home.join("bundle/config.json"))?.replace("exit 7", "echo up; cat /dev/zero > /dev/null");
     fs::write(home.join("bundle/config.json"), config)?;
     fs::remove_dir_all(rootfs.join("new"))?;
     let run = Started::spawn(katavm().args(["run", "--id", "mine"]).arg(home.join("bundle")))?;
@@ -141,8 +144,9 @@ fn prepare(context: &Context) -> Result<PathBuf> {
         fs::rename(rootfs.join(part), home.join("bundle").join(part))?;
     }
     let rootfs = home.join("bundle/rootfs");
-    std::os::unix::fs::symlink("busybox", rootfs.join("bin/mknod"))?;
-    std::os::unix::fs::symlink("busybox", rootfs.join("bin/chmod"))?;
+    for applet in ["mknod", "chmod", "mkfifo", "ln", "tr"] {
+        std::os::unix::fs::symlink("busybox", rootfs.join("bin").join(applet))?;
+    }
     fs::write(rootfs.join("mine"), "mine\n")?;
     fs::set_permissions(rootfs.join("mine"), fs::Permissions::from_mode(0o640))?;
     fs::create_dir_all(home.join("run"))?;
