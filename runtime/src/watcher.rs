@@ -1,6 +1,7 @@
 //! The watcher: a small second process that cleans up after the sandbox process, however that dies.
 //!
-//! It is forked before the sandbox process has threads or a virtual machine, so it shares nothing with them.
+//! It is forked before the sandbox process has threads, a virtual machine, or anything in the state directory: it
+//! shares nothing with it, and there is no moment at which something of it exists without a watcher.
 //! It waits on a pidfd of the sandbox process; a byte on a pipe tells it that nothing is left to do.
 //! If it is killed itself, the sandbox process cleans up as always; if both are, the next `katavm` command does.
 
@@ -13,7 +14,7 @@ use rustix::process::Pid;
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
 
 use crate::host;
-use crate::state::StateDir;
+use crate::state::StateRoot;
 
 /// How long an orderly end waits for the watcher, which has nothing left to do but end.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -29,22 +30,23 @@ pub struct Watcher {
     pipe: PipeWriter,
 }
 
-/// Forks the watcher, which ends when the sandbox process has ended. Returns in the sandbox process only, with its state.
+/// Forks the watcher, which ends when the sandbox process has ended. Returns in the sandbox process only. An id is to be
+/// claimed from `root` only after.
 ///
 /// # Errors
 /// Those of pidfd_open(2), pipe2(2) and fork(2).
-pub fn start(state: StateDir) -> Result<(StateDir, Watcher), WatcherError> {
+pub fn start(root: &StateRoot) -> Result<Watcher, WatcherError> {
     let sandbox = host::pidfd_of_self()?;
     let (reader, writer) = io::pipe()?;
     let terminal = Terminal::of_stdin();
     match host::fork()? {
-        host::Fork::Parent(pid) => Ok((state, Watcher { pid, pipe: writer })),
+        host::Fork::Parent(pid) => Ok(Watcher { pid, pipe: writer }),
         host::Fork::Child => {
             drop(writer);
-            let remains = state.remains();
-            state.disown();
             host::set_process_name(c"katavm-watcher");
             host::ignore_all_signals();
+            // The log's descriptor is closed below, and its number may be given to another file.
+            log::set_max_level(log::LevelFilter::Off);
             let mut kept = vec![sandbox.as_fd(), reader.as_fd()];
             kept.extend(terminal.as_ref().map(|terminal| terminal.fd.as_fd()));
             host::detach(&kept);
@@ -52,8 +54,9 @@ pub fn start(state: StateDir) -> Result<(StateDir, Watcher), WatcherError> {
                 if let Some(terminal) = terminal {
                     terminal.restore();
                 }
-                // There is nobody to tell; the next command tries again.
-                let _ = remains.clean_up();
+                // Whatever has no living owner any more is the sandbox process'. There is nobody to tell of a
+                // failure; the next command tries again.
+                let _ = root.sweep();
             }
             host::exit_now(0)
         }

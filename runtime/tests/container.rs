@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -19,7 +20,7 @@ use katavm_protocol::{frame, ports};
 use katavm_runtime::pod::{Io, NewContainer, Phase, Pod, PodError};
 use katavm_runtime::process::stdio::Inherited;
 use katavm_runtime::sandbox::vm::{Dial, Machine};
-use katavm_runtime::sandbox::{Sandbox, SandboxError};
+use katavm_runtime::sandbox::{Beat, Sandbox, SandboxError};
 use katavm_runtime::state::{Journal, Record, StateRoot, Status};
 use katavm_vmm::ExitReason;
 use rustix::event::{EventfdFlags, eventfd};
@@ -36,6 +37,9 @@ struct Guest {
     streams: Mutex<HashMap<i32, UnixStream>>,
     program: Mutex<Option<Program>>,
     refuse: Option<&'static str>,
+    /// How long the agent takes to answer a heartbeat.
+    slowness: Duration,
+    beats: AtomicU32,
     exit: watch::Sender<Option<u32>>,
     signals: Mutex<Vec<u32>>,
     wanted: Mutex<Stdio>,
@@ -97,6 +101,8 @@ struct Service(Arc<Guest>);
 #[async_trait]
 impl Agent for Service {
     async fn check(&self, _: &TtrpcContext, _: CheckRequest) -> ttrpc::Result<CheckResponse> {
+        self.0.beats.fetch_add(1, Ordering::Relaxed);
+        tokio::time::sleep(self.0.slowness).await;
         Ok(CheckResponse::new())
     }
 
@@ -189,6 +195,8 @@ struct Outcome {
 #[derive(Default)]
 struct Setup {
     refuse: Option<&'static str>,
+    slowness: Duration,
+    beat: Beat,
     stdin: Option<OwnedFd>,
     stdout: Option<OwnedFd>,
     /// Sent one after the other while the container runs.
@@ -205,6 +213,8 @@ fn run(setup: Setup, program: impl FnOnce(HashMap<i32, UnixStream>, &Guest) -> u
         streams: Mutex::default(),
         program: Mutex::new(Some(Box::new(program))),
         refuse: setup.refuse,
+        slowness: setup.slowness,
+        beats: AtomicU32::new(0),
         exit: watch::Sender::new(None),
         signals: Mutex::default(),
         wanted: Mutex::default(),
@@ -223,7 +233,7 @@ fn run(setup: Setup, program: impl FnOnce(HashMap<i32, UnixStream>, &Guest) -> u
         let mut server = ttrpc::r#async::Server::new().add_listener(accepted).register_service(service);
         server.start().await.unwrap();
         let handle = || Arc::new(Handle(Arc::clone(&guest)));
-        let sandbox = Arc::new(Sandbox::new(handle(), handle()).unwrap());
+        let sandbox = Arc::new(Sandbox::new(handle(), handle()).unwrap().with_beat(setup.beat));
         let ready = |_| Ok(Ready { kernel_release: "6.12".into(), ..Default::default() });
         let (pod, ready) = Pod::prepare(&sandbox, ready, "").await.unwrap();
         assert_eq!(ready.kernel_release, "6.12");
@@ -245,9 +255,11 @@ fn run(setup: Setup, program: impl FnOnce(HashMap<i32, UnixStream>, &Guest) -> u
         };
         let result = tokio::select! {
             ended = sandbox.ended() => Err(ended.into()),
+            lost = sandbox.heartbeat_lost(pod.agent()) => Err(lost.into()),
             result = lives => result,
         };
-        sandbox.shut_down(Some(pod.agent())).await;
+        let hangs = matches!(result, Err(PodError::Sandbox(SandboxError::Hangs { .. })));
+        sandbox.shut_down((!hangs).then_some(pod.agent())).await;
         pod.drained().await;
         result
     });
@@ -327,6 +339,35 @@ fn a_guest_that_fails_is_told_with_its_reason_and_its_output_so_far() {
     let mut text = String::new();
     reader.read_to_string(&mut text).unwrap();
     assert_eq!(text, "before");
+}
+
+#[test]
+fn an_agent_that_stops_answering_is_told_with_the_consoles_last_lines() {
+    let beat = Beat { every: Duration::from_millis(10), patience: Duration::from_millis(50) };
+    let slowness = Duration::from_secs(3600);
+    let outcome = run(Setup { beat, slowness, ..Default::default() }, |_, _| {
+        std::thread::sleep(Duration::from_secs(3600));
+        0
+    });
+    let error = outcome.result.unwrap_err();
+    assert!(matches!(error, PodError::Sandbox(SandboxError::Hangs { .. })), "{error}");
+    assert_eq!(error.to_string(), "the guest stopped answering; the last lines of its console:\n  | last words");
+    // Not asked to end itself: it would not hear that either.
+    assert_eq!(outcome.end, Some(ExitReason::Stopped));
+}
+
+#[test]
+fn an_agent_that_is_slow_is_left_alone() {
+    let beat = Beat { every: Duration::from_millis(1), patience: Duration::from_secs(60) };
+    let slowness = Duration::from_millis(30);
+    let outcome = run(Setup { beat, slowness, ..Default::default() }, |_, guest| {
+        while guest.beats.load(Ordering::Relaxed) < 5 {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        3
+    });
+    assert_eq!(outcome.result.unwrap(), 3);
+    assert_eq!(outcome.end, Some(ExitReason::Orderly));
 }
 
 #[test]

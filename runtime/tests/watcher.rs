@@ -34,8 +34,8 @@ fn main() -> ExitCode {
 /// The sandbox process: says who its watcher is, and ends when its standard input does.
 fn sandbox(root: &Path) -> ExitCode {
     let root = StateRoot::open(root.into()).unwrap();
+    let watcher = watcher::start(&root).unwrap();
     let state = root.claim(&"c1".parse().unwrap()).unwrap();
-    let (state, watcher) = watcher::start(state).unwrap();
     println!("{}", children(std::process::id()).first().unwrap());
     std::io::stdin().read_to_end(&mut Vec::new()).unwrap();
     drop(state);
@@ -57,7 +57,9 @@ impl Case {
         let root = dir.path().join("root");
         let mut sandbox = Command::new(std::env::current_exe().unwrap())
             .arg("sandbox")
-            .arg(&root)
+            // Relative, as a user may give it: the watcher is elsewhere when it cleans up.
+            .arg("root")
+            .current_dir(dir.path())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()

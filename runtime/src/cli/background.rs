@@ -111,7 +111,7 @@ fn run(root: &StateRoot, launch: &Launch, front: Made) -> anyhow::Result<()> {
         rustix::process::setsid().context("cannot make a session")?;
         rustix::process::chdir("/").context("cannot change to /")?;
         let signals = Signals::block()?;
-        let (state, watcher) = watcher::start(state)?;
+        let watcher = watcher::start(root)?;
         let directory = state.path().to_owned();
         record.sandbox_pid = std::process::id();
         let stand_in = record.pid;

@@ -15,6 +15,7 @@ use crate::process::signals::Signals;
 use crate::process::stdio::Inherited;
 use crate::process::terminal::Terminal;
 use crate::sandbox::probe;
+use crate::sandbox::size::memory_limit;
 use crate::state::{Id, Journal, Status};
 use crate::supervise::{self, Mode, Outside};
 use crate::timings::Timings;
@@ -46,10 +47,10 @@ pub fn run(global: &Global, options: Run, mut timings: Timings) -> anyhow::Resul
 
     let signals = Signals::block()?;
     let root = state_root(global)?;
+    // Made first and dropped last: it cleans up after everything else.
+    let _watcher = watcher::start(&root)?;
     let state = root.claim(&launch.id)?;
     let (stand_in, link) = launch.start_stand_in(None)?;
-    // Dropped last: it sees that all else is gone.
-    let (state, _watcher) = watcher::start(state)?;
     if let Some(path) = &front.pid_file {
         pid_file::write(path, stand_in.as_raw_nonzero().get())?;
     }
@@ -79,7 +80,11 @@ pub fn run(global: &Global, options: Run, mut timings: Timings) -> anyhow::Resul
     tell(&timings, told);
     // It ends with its link; nobody else waits for it.
     let _ = rustix::process::waitpid(Some(stand_in), rustix::process::WaitOptions::empty());
-    Ok(u8::try_from(outcome?.status).unwrap_or(u8::MAX))
+    let exit = outcome?;
+    if exit.oom_killed {
+        log::warn!("{}", out_of_memory(memory_limit(&launch.bundle.spec), launch.plan.size.memory_mib));
+    }
+    Ok(u8::try_from(exit.status).unwrap_or(u8::MAX))
 }
 
 /// Which bundle, and under which id: `run BUNDLE`, or `run [--bundle BUNDLE] ID` as with runc.
@@ -109,4 +114,26 @@ fn tell(timings: &Timings, format: Option<TimingsFormat>) {
     };
     // Nobody reads a closed standard error.
     let _ = std::io::stderr().write_all(text.as_bytes());
+}
+
+/// What an exit code of 137 does not tell.
+fn out_of_memory(limit: Option<u64>, guest_mib: u32) -> String {
+    const BEGIN: &str = "out of memory: the guest's kernel killed a process of the container";
+    match limit.map(|bytes| bytes >> 20).filter(|limit| *limit < guest_mib.into()) {
+        Some(limit) => format!("{BEGIN}, whose limit is {limit} MiB (linux.resources.memory.limit)"),
+        None => format!("{BEGIN}; the whole guest has {guest_mib} MiB, --memory gives it more"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whose_memory_ran_out_is_told() {
+        assert!(out_of_memory(Some(64 << 20), 146).ends_with("whose limit is 64 MiB (linux.resources.memory.limit)"));
+        for limit in [None, Some(1 << 30)] {
+            assert!(out_of_memory(limit, 512).ends_with("the whole guest has 512 MiB, --memory gives it more"));
+        }
+    }
 }

@@ -10,6 +10,7 @@ use katavm_protocol::agent::{
     ProcessRequest, ResizeTerminalRequest, SignalRequest, StatsResponse, UpdateContainerRequest,
 };
 use katavm_protocol::agent_ttrpc::AgentClient;
+use tokio::time::timeout;
 use ttrpc::r#async::Client;
 use ttrpc::r#async::transport::Socket;
 use ttrpc::context::{Context, with_duration};
@@ -18,6 +19,9 @@ use crate::process::terminal::WindowSize;
 
 /// How long the agent has for a request that waits for nobody. Generous: guests run on busy hosts.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How much later than this client the agent gives a request up: ttrpc's own deadline would look like a broken
+/// connection here.
+const LATER: Duration = Duration::from_secs(5);
 
 /// Why the agent did not do what it was asked for.
 #[derive(Debug, thiserror::Error)]
@@ -31,6 +35,18 @@ pub enum AgentError {
     /// The connection does not work.
     #[error("cannot speak to the agent in the guest: {0}")]
     Connection(String),
+}
+
+/// Waits for an answer.
+async fn within<T>(patience: Duration, answer: impl Future<Output = ttrpc::Result<T>>) -> Result<T, AgentError> {
+    match timeout(patience, answer).await {
+        Ok(answer) => Ok(answer?),
+        Err(_) => Err(AgentError::Silent),
+    }
+}
+
+fn deadline(patience: Duration) -> Context {
+    with_duration(patience.saturating_add(LATER))
 }
 
 impl From<ttrpc::Error> for AgentError {
@@ -65,7 +81,7 @@ impl Agent {
     /// # Errors
     /// Any [`AgentError`].
     pub async fn check(&self, patience: Duration) -> Result<(), AgentError> {
-        self.client.check(with_duration(patience), &CheckRequest::new()).await?;
+        within(patience, self.client.check(deadline(patience), &CheckRequest::new())).await?;
         Ok(())
     }
 
@@ -74,7 +90,7 @@ impl Agent {
     /// # Errors
     /// Any [`AgentError`].
     pub async fn create_sandbox(&self, request: &CreateSandboxRequest) -> Result<(), AgentError> {
-        self.client.create_sandbox(with_duration(PATIENCE), request).await?;
+        within(PATIENCE, self.client.create_sandbox(deadline(PATIENCE), request)).await?;
         Ok(())
     }
 
@@ -83,7 +99,7 @@ impl Agent {
     /// # Errors
     /// Any [`AgentError`]; the guest may have ended before the answer was out.
     pub async fn destroy_sandbox(&self) -> Result<(), AgentError> {
-        self.client.destroy_sandbox(with_duration(PATIENCE), &Empty::new()).await?;
+        within(PATIENCE, self.client.destroy_sandbox(deadline(PATIENCE), &Empty::new())).await?;
         Ok(())
     }
 
@@ -92,7 +108,7 @@ impl Agent {
     /// # Errors
     /// Any [`AgentError`].
     pub async fn create_container(&self, request: &CreateContainerRequest) -> Result<(), AgentError> {
-        self.client.create_container(with_duration(PATIENCE), request).await?;
+        within(PATIENCE, self.client.create_container(deadline(PATIENCE), request)).await?;
         Ok(())
     }
 
@@ -101,7 +117,7 @@ impl Agent {
     /// # Errors
     /// Any [`AgentError`].
     pub async fn create_exec(&self, request: &CreateExecRequest) -> Result<(), AgentError> {
-        self.client.create_exec(with_duration(PATIENCE), request).await?;
+        within(PATIENCE, self.client.create_exec(deadline(PATIENCE), request)).await?;
         Ok(())
     }
 
@@ -110,7 +126,7 @@ impl Agent {
     /// # Errors
     /// Any [`AgentError`].
     pub async fn remove_container(&self, id: &str) -> Result<(), AgentError> {
-        self.client.remove_container(with_duration(PATIENCE), &container(id)).await?;
+        within(PATIENCE, self.client.remove_container(deadline(PATIENCE), &container(id))).await?;
         Ok(())
     }
 
@@ -120,9 +136,9 @@ impl Agent {
     /// Any [`AgentError`].
     pub async fn start(&self, id: &str, exec_id: &str) -> Result<(), AgentError> {
         if exec_id.is_empty() {
-            self.client.start_container(with_duration(PATIENCE), &container(id)).await?;
+            within(PATIENCE, self.client.start_container(deadline(PATIENCE), &container(id))).await?;
         } else {
-            self.client.start_exec(with_duration(PATIENCE), &process(id, exec_id)).await?;
+            within(PATIENCE, self.client.start_exec(deadline(PATIENCE), &process(id, exec_id))).await?;
         }
         Ok(())
     }
@@ -143,7 +159,7 @@ impl Agent {
     pub async fn signal(&self, id: &str, exec_id: &str, signal: i32) -> Result<(), AgentError> {
         let signal = signal.unsigned_abs();
         let request = SignalRequest { container_id: id.into(), exec_id: exec_id.into(), signal, ..Default::default() };
-        self.client.signal(with_duration(PATIENCE), &request).await?;
+        within(PATIENCE, self.client.signal(deadline(PATIENCE), &request)).await?;
         Ok(())
     }
 
@@ -154,7 +170,7 @@ impl Agent {
     pub async fn signal_all(&self, id: &str, signal: i32) -> Result<(), AgentError> {
         let signal = signal.unsigned_abs();
         let request = SignalRequest { container_id: id.into(), signal, all: true, ..Default::default() };
-        self.client.signal(with_duration(PATIENCE), &request).await?;
+        within(PATIENCE, self.client.signal(deadline(PATIENCE), &request)).await?;
         Ok(())
     }
 
@@ -166,7 +182,7 @@ impl Agent {
         let WindowSize { rows, columns } = size;
         let (container_id, exec_id) = (id.into(), exec_id.into());
         let request = ResizeTerminalRequest { container_id, exec_id, rows, columns, ..Default::default() };
-        self.client.resize_terminal(with_duration(PATIENCE), &request).await?;
+        within(PATIENCE, self.client.resize_terminal(deadline(PATIENCE), &request)).await?;
         Ok(())
     }
 
@@ -175,7 +191,7 @@ impl Agent {
     /// # Errors
     /// Any [`AgentError`].
     pub async fn pause(&self, id: &str) -> Result<(), AgentError> {
-        self.client.pause(with_duration(PATIENCE), &container(id)).await?;
+        within(PATIENCE, self.client.pause(deadline(PATIENCE), &container(id))).await?;
         Ok(())
     }
 
@@ -184,7 +200,7 @@ impl Agent {
     /// # Errors
     /// Any [`AgentError`].
     pub async fn resume(&self, id: &str) -> Result<(), AgentError> {
-        self.client.resume(with_duration(PATIENCE), &container(id)).await?;
+        within(PATIENCE, self.client.resume(deadline(PATIENCE), &container(id))).await?;
         Ok(())
     }
 
@@ -193,7 +209,7 @@ impl Agent {
     /// # Errors
     /// Any [`AgentError`].
     pub async fn list_processes(&self, id: &str) -> Result<Vec<GuestProcess>, AgentError> {
-        Ok(self.client.list_processes(with_duration(PATIENCE), &container(id)).await?.processes)
+        Ok(within(PATIENCE, self.client.list_processes(deadline(PATIENCE), &container(id))).await?.processes)
     }
 
     /// What a container has used.
@@ -201,7 +217,7 @@ impl Agent {
     /// # Errors
     /// Any [`AgentError`].
     pub async fn stats(&self, id: &str) -> Result<StatsResponse, AgentError> {
-        Ok(self.client.stats(with_duration(PATIENCE), &container(id)).await?)
+        Ok(within(PATIENCE, self.client.stats(deadline(PATIENCE), &container(id))).await?)
     }
 
     /// Changes a container's limits: `resources` is JSON as in the runtime specification.
@@ -210,7 +226,7 @@ impl Agent {
     /// Any [`AgentError`].
     pub async fn update_container(&self, id: &str, resources: Vec<u8>) -> Result<(), AgentError> {
         let request = UpdateContainerRequest { container_id: id.into(), resources, ..Default::default() };
-        self.client.update_container(with_duration(PATIENCE), &request).await?;
+        within(PATIENCE, self.client.update_container(deadline(PATIENCE), &request)).await?;
         Ok(())
     }
 }

@@ -29,12 +29,24 @@ pub const BOOT_PATIENCE: Duration = Duration::from_secs(120);
 pub const DIAL_PATIENCE: Duration = Duration::from_secs(30);
 /// How long a guest that was told to end may take.
 const END_PATIENCE: Duration = Duration::from_secs(15);
-/// How long a failed conversation waits for the guest's end to explain it.
-const EXPLAIN_PATIENCE: Duration = Duration::from_secs(1);
-/// How often the agent is asked whether it is there.
-const BEAT: Duration = Duration::from_secs(10);
-/// How long it may take to answer: a container that takes all CPUs slows it down, and is in its right.
-const BEAT_PATIENCE: Duration = Duration::from_secs(30);
+/// How long a failed conversation waits for the guest's end to explain it: a kernel that panics tells a long story
+/// after it has cut the connections.
+const EXPLAIN_PATIENCE: Duration = Duration::from_secs(10);
+
+/// The heartbeat.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Beat {
+    /// How often the agent is asked whether it is there.
+    pub every: Duration,
+    /// How long it may take to answer: a container that takes all CPUs slows it down, and is in its right.
+    pub patience: Duration,
+}
+
+impl Default for Beat {
+    fn default() -> Self {
+        Self { every: Duration::from_secs(10), patience: Duration::from_secs(30) }
+    }
+}
 
 /// What happened to a sandbox that did not come to its end.
 #[derive(Debug, thiserror::Error)]
@@ -65,8 +77,13 @@ pub enum SandboxError {
     #[error(transparent)]
     Agent(#[from] AgentError),
     /// A connection into the guest cannot be made.
-    #[error("cannot connect to the guest: {0}")]
-    Dial(#[source] io::Error),
+    #[error("cannot connect to the agent in the guest: {error}{}", last_lines(.console))]
+    Dial {
+        /// What trying it gave.
+        error: io::Error,
+        /// Its console's last output.
+        console: String,
+    },
     /// A descriptor or thread is not to be had.
     #[error("cannot watch over the guest: {0}")]
     Resource(#[source] io::Error),
@@ -74,15 +91,23 @@ pub enum SandboxError {
 
 /// Lines of a console that go into a message.
 const LINES: usize = 12;
+/// How a kernel begins to tell why it panicked. A long trace follows.
+const PANIC: &str = "Kernel panic - not syncing";
 
 fn last_lines(console: &str) -> String {
     let lines: Vec<_> = console.lines().filter(|line| !line.trim().is_empty()).collect();
     if lines.is_empty() {
         return String::new();
     }
-    let last = lines.get(lines.len().saturating_sub(LINES)..).unwrap_or_default();
+    let (earlier, last) = lines.split_at(lines.len().saturating_sub(LINES));
+    let panic = earlier.iter().rposition(|line| line.contains(PANIC));
+    let cause: &[&str] = match panic {
+        Some(at) if at + 1 == earlier.len() => &[earlier[at]],
+        Some(at) => &[earlier[at], "..."],
+        None => &[],
+    };
     // What the guest printed goes to the user's terminal: no control sequences of its own.
-    let clean = last.iter().map(|line| line.chars().filter(|c| !c.is_control()).collect::<String>());
+    let clean = cause.iter().chain(last).map(|line| line.chars().filter(|c| !c.is_control()).collect::<String>());
     let text = clean.map(|line| format!("\n  | {line}")).collect::<String>();
     format!("; the last lines of its console:{text}")
 }
@@ -92,6 +117,7 @@ pub struct Sandbox {
     machine: Arc<dyn Machine>,
     dial: Arc<dyn Dial>,
     end: AsyncFd<OwnedFd>,
+    beat: Beat,
 }
 
 impl Sandbox {
@@ -104,7 +130,13 @@ impl Sandbox {
         // SAFETY: an OwnedFd is the same open descriptor until it is dropped, and `AsyncFd` owns it from here on.
         let end = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) };
         let end = end.map_err(|error| SandboxError::Resource(error.into()))?;
-        Ok(Self { machine, dial, end })
+        Ok(Self { machine, dial, end, beat: Beat::default() })
+    }
+
+    /// With another heartbeat than the usual one.
+    #[must_use]
+    pub fn with_beat(self, beat: Beat) -> Self {
+        Self { beat, ..self }
     }
 
     /// Waits for the agent and prepares the guest. `ready` blocks until the agent has reported.
@@ -140,7 +172,8 @@ impl Sandbox {
     /// That nobody listens there, or that the guest is gone.
     pub async fn dial(&self, port: u32) -> Result<std::os::unix::net::UnixStream, SandboxError> {
         let dial = Arc::clone(&self.dial);
-        blocking(move || dial.dial(port, DIAL_PATIENCE)).await.map_err(SandboxError::Dial)
+        let dialled = blocking(move || dial.dial(port, DIAL_PATIENCE)).await;
+        dialled.map_err(|error| SandboxError::Dial { error, console: self.machine.console_tail() })
     }
 
     /// The way into the guest, for other threads.
@@ -160,23 +193,34 @@ impl Sandbox {
         }
     }
 
-    /// Finds out whether an error of the conversation is but the guest's end.
+    /// Finds out whether an error of the conversation is but the guest's end, or its silence.
     pub async fn explain(&self, error: SandboxError) -> SandboxError {
-        match &error {
-            SandboxError::Agent(AgentError::Connection(_) | AgentError::Silent) | SandboxError::Dial(_) => {
+        match error {
+            // It had its time.
+            SandboxError::Agent(AgentError::Silent) if self.machine.end().is_none() => {
+                SandboxError::Hangs { console: self.machine.console_tail() }
+            }
+            SandboxError::Agent(AgentError::Connection(_) | AgentError::Silent) | SandboxError::Dial { .. } => {
                 timeout(EXPLAIN_PATIENCE, self.ended()).await.unwrap_or(error)
             }
             _ => error,
         }
     }
 
-    /// Returns when the agent has not answered for too long, although the machine runs.
+    /// Returns when the agent has not answered for too long although the machine runs, or can answer no more.
     pub async fn heartbeat_lost(&self, agent: &Agent) -> SandboxError {
+        let Beat { every, patience } = self.beat;
         loop {
-            sleep(BEAT).await;
-            // Twice: a host that was itself suspended finds its clocks ahead of the guest's answer.
-            if agent.check(BEAT_PATIENCE).await.is_err() && agent.check(BEAT_PATIENCE).await.is_err() {
-                return SandboxError::Hangs { console: self.machine.console_tail() };
+            sleep(every).await;
+            let answer = match agent.check(patience).await {
+                // Once more: a host that was itself suspended finds its clocks ahead of the guest's answer.
+                Err(AgentError::Silent) => agent.check(patience).await,
+                answer => answer,
+            };
+            match answer {
+                Ok(()) => {}
+                Err(AgentError::Silent) => return SandboxError::Hangs { console: self.machine.console_tail() },
+                Err(error) => return error.into(),
             }
         }
     }
@@ -220,5 +264,24 @@ mod tests {
         assert!(text.ends_with("\n  | [31mpanic"), "{text}");
         let silent = SandboxError::Ended { reason: ExitReason::Reset, console: String::new() };
         assert_eq!(silent.to_string(), "the guest rebooted");
+    }
+
+    #[test]
+    fn why_the_kernel_panicked_is_not_lost_above_its_trace() {
+        let text = |trace: usize| {
+            let trace = (0..trace).map(|n| format!("trace {n}\n")).collect::<String>();
+            last_lines(&format!("before\n[1.0] Kernel panic - not syncing: why\n{trace}"))
+        };
+        assert!(
+            text(30).contains(":\n  | [1.0] Kernel panic - not syncing: why\n  | ...\n  | trace 18\n"),
+            "{}",
+            text(30)
+        );
+        assert!(text(12).contains(":\n  | [1.0] Kernel panic - not syncing: why\n  | trace 0\n"), "{}", text(12));
+        assert!(
+            text(3).contains("\n  | before\n  | [1.0] Kernel panic - not syncing: why\n  | trace 0\n"),
+            "{}",
+            text(3)
+        );
     }
 }

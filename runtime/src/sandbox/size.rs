@@ -99,7 +99,7 @@ impl Size {
 }
 
 /// The container's memory limit in bytes.
-fn memory_limit(spec: &Spec) -> Option<u64> {
+pub fn memory_limit(spec: &Spec) -> Option<u64> {
     let memory = spec.linux().as_ref()?.resources().as_ref()?.memory().as_ref()?.limit()?;
     // 0 and -1 mean that there is none.
     u64::try_from(memory).ok().filter(|limit| *limit > 0)

@@ -61,6 +61,8 @@ pub fn start(plan: Plan, link: OwnedFd) -> io::Result<Pid> {
         Fork::Parent(pid) => Ok(pid),
         Fork::Child => {
             host::set_process_name(c"katavm-standin");
+            // The log's descriptor is closed below, and its number may be given to another file.
+            log::set_max_level(log::LevelFilter::Off);
             let mut kept = vec![link.as_fd()];
             kept.extend(plan.terminal.as_ref().map(AsFd::as_fd));
             kept.extend(plan.namespaces.joined.iter().map(AsFd::as_fd));

@@ -67,6 +67,8 @@ impl StateRoot {
     /// # Errors
     /// When it cannot be made, or others could write in it.
     pub fn open(path: PathBuf) -> Result<Self, StateError> {
+        // The watcher leaves the current directory.
+        let path = std::path::absolute(&path).map_err(failed("find", &path))?;
         root::make(&path)?;
         Ok(Self { path })
     }
@@ -95,9 +97,7 @@ impl StateRoot {
         let lock_path = path.join(LOCK);
         let lock = File::create_new(&lock_path).map_err(failed("make", &lock_path))?;
         lock.try_lock().map_err(io::Error::from).map_err(failed("lock", &lock_path))?;
-        let key = key_of(&lock).map_err(failed("look at", &lock_path))?;
-        let remains = Remains { root: self.clone(), id: id.clone(), key };
-        Ok(StateDir { path, lock: Some(lock), remains, kept: false })
+        Ok(StateDir { root: self.clone(), path, lock, kept: false })
     }
 
     /// The container of an id, as it is now.
@@ -204,9 +204,9 @@ pub struct Found {
 /// The directory of a living sandbox. Dropping it removes it, unless it is to be kept.
 #[derive(Debug)]
 pub struct StateDir {
+    root: StateRoot,
     path: PathBuf,
-    lock: Option<File>,
-    remains: Remains,
+    lock: File,
     kept: bool,
 }
 
@@ -228,61 +228,29 @@ impl StateDir {
         Ok(())
     }
 
-    /// What another process needs to clean up after this one.
-    #[must_use]
-    pub fn remains(&self) -> Remains {
-        self.remains.clone()
+    /// Lets go of it without removing it, and of this process' share of the lock: another process has both.
+    pub fn disown(mut self) {
+        self.kept = true;
     }
 
-    /// In a forked child: gives up its share of the lock, and of the duty to remove the directory.
-    pub fn disown(mut self) {
-        self.lock = None;
+    /// Removes it, unless somebody else has: then the id may have been given to another one since.
+    fn remove(&self) -> Result<(), StateError> {
+        let _guard = self.root.lock()?;
+        let ours = key_of(&self.lock).map_err(failed("look at", &self.path))?;
+        match File::open(self.path.join(LOCK)).and_then(|lock| key_of(&lock)) {
+            Ok(key) if key == ours => remove_dir(&self.path),
+            _ => Ok(()),
+        }
     }
 }
 
 impl Drop for StateDir {
     fn drop(&mut self) {
         // Removed while it is still locked, so that nobody takes it for a dead one's in between.
-        if self.lock.is_some()
-            && !self.kept
-            && let Err(error) = self.remains.remove()
+        if !self.kept
+            && let Err(error) = self.remove()
         {
             log::warn!("{error}");
-        }
-    }
-}
-
-/// Identifies one sandbox's directory, even if the id has been given to another one since.
-#[derive(Clone, Debug)]
-pub struct Remains {
-    root: StateRoot,
-    id: Id,
-    /// Device and inode of the lock file.
-    key: (u64, u64),
-}
-
-impl Remains {
-    /// Removes the directory once nobody holds its lock; one that is gone or was made anew is left alone.
-    ///
-    /// # Errors
-    /// When it cannot be removed.
-    pub fn clean_up(&self) -> Result<(), StateError> {
-        let _guard = self.root.lock()?;
-        let path = self.root.path.join(self.id.as_str());
-        match held_lock(&path) {
-            Held::ByNobody(Some(lock)) if key_of(&lock).is_ok_and(|key| key == self.key) && !is_kept(&path) => {
-                remove_dir(&path)
-            }
-            _ => Ok(()),
-        }
-    }
-
-    fn remove(&self) -> Result<(), StateError> {
-        let _guard = self.root.lock()?;
-        let path = self.root.path.join(self.id.as_str());
-        match File::open(path.join(LOCK)).and_then(|lock| key_of(&lock)) {
-            Ok(key) if key == self.key => remove_dir(&path),
-            _ => Ok(()),
         }
     }
 }
@@ -386,23 +354,17 @@ mod tests {
     }
 
     #[test]
-    fn remains_are_cleaned_up_only_if_they_are_the_same() {
+    fn a_directory_that_is_another_ones_by_now_is_left_alone() {
         let (_dir, root) = root();
         let first = root.claim(&id("a")).unwrap();
-        let remains = first.remains();
-        remains.clean_up().unwrap();
-        assert!(first.path().exists(), "its owner lives");
-        first.disown();
+        // Nothing of katavm does that while the lock is held.
+        fs::remove_dir_all(first.path()).unwrap();
         let second = root.claim(&id("a")).unwrap();
-        remains.clean_up().unwrap();
+        drop(first);
         assert!(second.path().exists());
-        let remains = second.remains();
         let path = second.path().to_owned();
-        second.disown();
-        assert!(path.exists());
-        remains.clean_up().unwrap();
+        drop(second);
         assert!(!path.exists());
-        remains.clean_up().unwrap();
     }
 
     #[test]

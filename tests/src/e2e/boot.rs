@@ -46,7 +46,7 @@ struct Ran {
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// An initramfs with busybox and a shell script as init, which writes to the console.
-fn initramfs(context: &Context, script: &str) -> Result<PathBuf> {
+pub(super) fn initramfs(context: &Context, script: &str) -> Result<PathBuf> {
     let mut archive = Archive::new();
     for folder in ["bin", "dev", "proc", "sys", "tmp"] {
         archive.directory(folder, 0o755)?;

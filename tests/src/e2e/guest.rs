@@ -125,11 +125,48 @@ impl Guest {
     /// # Errors
     /// When any step fails.
     pub fn start(&self, id: &str, rootfs: &Path, args: &[&str]) -> Result<Running> {
+        let stdio = Stdio { stdout: true, ..Default::default() };
+        self.create(id, rootfs, args, stdio, |_| ())?;
+        self.go(id)
+    }
+
+    /// Starts `args` in a new container `id`, with a stream to its standard input as well.
+    ///
+    /// # Errors
+    /// When any step fails.
+    pub fn start_with_input(&self, id: &str, rootfs: &Path, args: &[&str]) -> Result<(Running, UnixStream)> {
+        self.create(id, rootfs, args, Stdio { stdin: true, stdout: true, ..Default::default() }, |_| ())?;
+        let stdin = self.stream(id, StreamKind::STREAM_KIND_STDIN)?;
+        Ok((self.go(id)?, stdin))
+    }
+
+    /// Starts `args` in a new container `id` with every capability.
+    ///
+    /// # Errors
+    /// When any step fails.
+    pub fn start_privileged(&self, id: &str, rootfs: &Path, args: &[&str]) -> Result<Running> {
+        self.create(id, rootfs, args, Stdio { stdout: true, ..Default::default() }, privilege)?;
+        self.go(id)
+    }
+
+    fn create(
+        &self,
+        id: &str,
+        rootfs: &Path,
+        args: &[&str],
+        stdio: Stdio,
+        change: impl FnOnce(&mut Value),
+    ) -> Result<()> {
         self.share.add_export(id, File::open(rootfs)?.into(), ExportOptions::default())?;
         let mut create = CreateContainerRequest { container_id: id.into(), ..Default::default() };
-        create.spec = serde_json::to_vec(&spec(id, args))?;
-        create.stdio = Some(Stdio { stdout: true, ..Default::default() }).into();
-        self.ask(self.agent.create_container(Self::soon(), &create))?;
+        let mut spec = spec(id, args);
+        change(&mut spec);
+        create.spec = serde_json::to_vec(&spec)?;
+        create.stdio = Some(stdio).into();
+        self.ask(self.agent.create_container(Self::soon(), &create)).map(drop)
+    }
+
+    fn go(&self, id: &str) -> Result<Running> {
         let stdout = self.stream(id, StreamKind::STREAM_KIND_STDOUT)?;
         let request = ContainerRequest { container_id: id.into(), ..Default::default() };
         self.ask(self.agent.start_container(Self::soon(), &request))?;
@@ -190,22 +227,110 @@ impl Running {
         Ok(())
     }
 
+    /// A duplicate of its output stream, to read elsewhere.
+    ///
+    /// # Errors
+    /// When no descriptor is left.
+    pub fn output(&self) -> Result<UnixStream> {
+        Ok(self.stdout.try_clone()?)
+    }
+
+    /// Reads its output to the end: all of it, what was read before as well.
+    ///
+    /// # Errors
+    /// When the connection breaks.
+    pub fn rest(&mut self) -> Result<Vec<u8>> {
+        let mut stdout = std::mem::take(&mut self.read);
+        self.stdout.read_to_end(&mut stdout)?;
+        self.stdout.shutdown(Shutdown::Both).ok();
+        Ok(stdout)
+    }
+
     /// Reads its output to the end and waits for its exit.
     ///
     /// # Errors
     /// When the connection breaks.
     pub fn wait(mut self, guest: &Guest) -> Result<(Vec<u8>, Exit)> {
-        let mut stdout = self.read;
-        self.stdout.read_to_end(&mut stdout)?;
-        self.stdout.shutdown(Shutdown::Both).ok();
-        let request = ProcessRequest { container_id: self.id, ..Default::default() };
-        let exit = guest.ask(guest.agent.wait(Guest::soon(), &request))?.exit;
-        Ok((stdout, exit.into_option().context("no exit")?))
+        Ok((self.rest()?, guest.exit(&self)?))
     }
+}
+
+/// Whoever has the conversation with a guest's agent.
+pub trait Conversation {
+    /// Waits for the end of a container process.
+    ///
+    /// # Errors
+    /// What the agent answered.
+    fn exit(&self, running: &Running) -> Result<Exit>;
+}
+
+impl Conversation for Guest {
+    fn exit(&self, running: &Running) -> Result<Exit> {
+        let exit = exit_of(running, &self.agent, &self.runtime);
+        exit.with_context(|| format!("console:\n{}", self.vm.console().tail()))
+    }
+}
+
+/// Asks an agent for the end of a container process, and waits for it.
+pub(super) fn exit_of(running: &Running, agent: &AgentClient, runtime: &Runtime) -> Result<Exit> {
+    let request = ProcessRequest { container_id: running.id.clone(), ..Default::default() };
+    let exit = runtime.block_on(agent.wait(Guest::soon(), &request))?.exit;
+    exit.into_option().context("no exit")
 }
 
 /// Docker's default set, shortened to what the cases need.
 const CAPABILITIES: [&str; 5] = ["CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL"];
+
+/// Makes the container root with everything that the guest's kernel has to give.
+pub(super) fn privilege(spec: &mut Value) {
+    spec["process"]["capabilities"] = json!({"bounding": EVERYTHING, "effective": EVERYTHING, "permitted": EVERYTHING});
+    spec["linux"]["resources"] = json!({"devices": [{"allow": true, "access": "rwm"}]});
+}
+
+/// All capabilities of Linux 6.12 (capabilities(7)).
+const EVERYTHING: &[&str] = &[
+    "CAP_AUDIT_CONTROL",
+    "CAP_AUDIT_READ",
+    "CAP_AUDIT_WRITE",
+    "CAP_BLOCK_SUSPEND",
+    "CAP_BPF",
+    "CAP_CHECKPOINT_RESTORE",
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_DAC_READ_SEARCH",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_IPC_LOCK",
+    "CAP_IPC_OWNER",
+    "CAP_KILL",
+    "CAP_LEASE",
+    "CAP_LINUX_IMMUTABLE",
+    "CAP_MAC_ADMIN",
+    "CAP_MAC_OVERRIDE",
+    "CAP_MKNOD",
+    "CAP_NET_ADMIN",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_NET_BROADCAST",
+    "CAP_NET_RAW",
+    "CAP_PERFMON",
+    "CAP_SETFCAP",
+    "CAP_SETGID",
+    "CAP_SETPCAP",
+    "CAP_SETUID",
+    "CAP_SYSLOG",
+    "CAP_SYS_ADMIN",
+    "CAP_SYS_BOOT",
+    "CAP_SYS_CHROOT",
+    "CAP_SYS_MODULE",
+    "CAP_SYS_NICE",
+    "CAP_SYS_PACCT",
+    "CAP_SYS_PTRACE",
+    "CAP_SYS_RAWIO",
+    "CAP_SYS_RESOURCE",
+    "CAP_SYS_TIME",
+    "CAP_SYS_TTY_CONFIG",
+    "CAP_WAKE_ALARM",
+];
 
 fn spec(id: &str, args: &[&str]) -> Value {
     json!({

@@ -6,15 +6,24 @@
 mod agent;
 mod boot;
 mod context;
+mod failing;
 mod guest;
+mod hostile;
+mod leftovers;
+mod manifest;
+mod process;
+mod rebuild;
 mod report;
 mod run;
 mod snapshot;
+mod survive;
+mod user;
 
 use anyhow::Result;
 
 pub use context::Context;
 pub use guest::Guest;
+pub use rebuild::enter;
 pub use report::run;
 
 /// What a case that did not fail says.
@@ -35,15 +44,27 @@ pub struct Case {
     pub check: fn(&Context) -> Result<Verdict>,
 }
 
-/// All cases in the order in which they run.
+/// All cases in the order in which they run; `long` ones as well, if they are wanted.
 #[must_use]
-pub fn cases() -> Vec<Case> {
-    let mut cases = Vec::new();
-    for (group, rows) in [boot::CASES, agent::CASES, run::CASES, snapshot::CASES] {
-        cases.extend(rows.iter().map(|(name, check)| Case { group, name, check: *check }));
-    }
-    cases
+pub fn cases(long: bool) -> Vec<Case> {
+    let usual: &[Table] = &[
+        boot::CASES,
+        agent::CASES,
+        run::CASES,
+        snapshot::CASES,
+        failing::CASES,
+        hostile::CASES,
+        survive::CASES,
+        user::CASES,
+    ];
+    let long: &[Table] = if long { &[failing::LONG, hostile::LONG, survive::LONG] } else { &[] };
+    let tables = usual.iter().chain(long);
+    let cases = tables.flat_map(|(group, rows)| rows.iter().map(move |(name, check)| (group, name, check)));
+    cases.map(|(group, name, check)| Case { group, name, check: *check }).collect()
 }
+
+/// A group of cases: its name and its rows.
+type Table = (&'static str, &'static [Row]);
 
 /// A row of a table: the case's name and its check.
 type Row = (&'static str, fn(&Context) -> Result<Verdict>);

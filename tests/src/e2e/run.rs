@@ -34,7 +34,7 @@ pub const CASES: (&str, &[Row]) = (
 );
 
 /// A bundle of busybox with `args`, after `change` of its configuration.
-fn bundle(context: &Context, args: &[&str], change: impl FnOnce(&mut Value)) -> Result<PathBuf> {
+pub(super) fn bundle(context: &Context, args: &[&str], change: impl FnOnce(&mut Value)) -> Result<PathBuf> {
     rootfs(context)?;
     let all = json!(["CAP_CHOWN", "CAP_KILL", "CAP_DAC_OVERRIDE", "CAP_SETUID", "CAP_SETGID"]);
     let mut config = json!({
