@@ -126,17 +126,20 @@ impl MicrovmBuilder {
         same("devices", state.transports.len(), self.devices.len())?;
         let map = |mib| Ok(snapshot::map(mib, memory).map_err(SnapshotError::from)?);
         let frame = self.frame(map, Some(&state.serial))?;
-        state.vm.restore(&frame.vm)?;
         let transports = frame.environment.bus.transports().iter().zip(&state.transports);
         for (index, (transport, saved)) in transports.enumerate() {
-            let mut transport = lock(transport);
-            transport.restore(saved).map_err(|error| SnapshotError::Device(index, error))?;
-            transport.interrupt().resend();
+            lock(transport).restore(saved).map_err(|error| SnapshotError::Device(index, error))?;
         }
-        self.finish(frame, |index, vcpu| match state.vcpus.get(usize::from(index)) {
+        let microvm = self.finish(frame, |index, vcpu| match state.vcpus.get(usize::from(index)) {
             Some(saved) => Ok(saved.restore(vcpu)?),
             None => Ok(()),
-        })
+        })?;
+        // Only now: interrupts need vCPUs to go to, and a local APIC forgets what came before it was restored.
+        state.vm.restore(&microvm.vm)?;
+        let bus = &microvm.environment.bus;
+        bus.transports().iter().for_each(|transport| lock(transport).interrupt().resend());
+        bus.serial().resend().map_err(SnapshotError::from)?;
+        Ok(microvm)
     }
 
     /// The machine without its vCPUs and threads.

@@ -133,7 +133,17 @@ impl<W: Write> Serial<W> {
         }
     }
 
-    /// A serial port as it was saved. A pending interrupt is raised again: the edge may have been lost with the old VM.
+    /// Raises the interrupt again: its edge may have been lost with the old VM. A driver that finds no reason for it
+    /// lets it pass.
+    ///
+    /// # Errors
+    /// When it cannot be raised.
+    pub fn resend(&self) -> Result<(), SerialError> {
+        self.uart.interrupt_evt().trigger().map_err(SerialError::Interrupt)
+    }
+
+    /// A serial port as it was saved. A pending interrupt is raised at once; call [`resend`](Self::resend) when the
+    /// line has reached somebody.
     ///
     /// # Errors
     /// When the state is impossible or the interrupt cannot be raised.
@@ -195,6 +205,8 @@ mod tests {
         let irq = line();
         let mut restored = Serial::restore(&state, irq.try_clone().unwrap(), Vec::new()).unwrap();
         assert!(irq.read().is_ok(), "the interrupt for the input is raised again");
+        restored.resend().unwrap();
+        assert!(irq.read().is_ok());
         assert_eq!(restored.save(), state);
         assert_eq!((restored.read(7), restored.read(0), restored.read(0)), (0x5a, b'a', b'b'));
     }
