@@ -82,7 +82,12 @@ fn supervise(
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.context("cannot start the runtime for the agent's service")?;
     let mut streams = Streams::default();
-    let mut progress = |step| note(step, timings, state, record);
+    let mut progress = |step| {
+        if matches!(step, Step::Ready(_)) {
+            timings.fact("agent_ready_exits", vm.exits());
+        }
+        note(step, timings, state, record);
+    };
     let outcome = runtime.block_on(async {
         let signals = signals.listen()?;
         let sandbox = Sandbox::new(&vm, Arc::new(host))?;
