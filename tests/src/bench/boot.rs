@@ -62,14 +62,11 @@ const MEASURES: [Measure; 12] = [
     RUN_MEMORY,
 ];
 
-/// Traced runs are slow, and what they count hardly varies.
-const TRACED_ROUNDS: u32 = 3;
-
-/// Boots every monitor `runs` times, in turn, and prints medians and ratios.
+/// Boots every monitor `runs` times, in turn, `traced` of them once more under strace, and prints medians and ratios.
 ///
 /// # Errors
 /// When a monitor fails to boot the guest.
-pub fn run(runs: u32, out: &mut impl Write) -> Result<()> {
+pub fn run(runs: u32, traced: u32, out: &mut impl Write) -> Result<()> {
     let bench = Bench::new()?;
     let monitors = Monitor::available();
     // Once for nothing: files come into the page cache, and katavm probes this machine's KVM.
@@ -79,26 +76,35 @@ pub fn run(runs: u32, out: &mut impl Write) -> Result<()> {
     bench.run_true()?;
     let mut table = Table::default();
     for round in 0..runs {
-        eprintln!("round {} of {runs}", round + 1);
         for monitor in &monitors {
+            say(round, monitor.name());
             let boot = bench.boot(*monitor)?;
             for (measure, value) in boot {
                 table.add(&measure, monitor.name(), value);
             }
-            if round < TRACED_ROUNDS {
+            if round < traced {
+                say(round, "strace");
                 table.add(&SYSCALLS, monitor.name(), bench.syscalls(*monitor)?);
             }
         }
+        say(round, "katavm run /bin/true");
         for (measure, value) in bench.run_true()? {
             table.add(&measure, Monitor::Katavm.name(), value);
         }
+        say(round, "katavm run of a busy container");
         table.add(&RUN_MEMORY, Monitor::Katavm.name(), bench.run_memory()?);
-        if round < TRACED_ROUNDS {
+        if round < traced {
+            say(round, "strace katavm run /bin/true");
             table.add(&AGENT_READY_SYSCALLS, Monitor::Katavm.name(), bench.agent_ready_syscalls()?);
         }
     }
     table.print("boot", &MEASURES, out)?;
     Ok(())
+}
+
+/// Progress, for who waits.
+fn say(round: u32, what: &str) {
+    eprintln!("round {}: {what}", round + 1);
 }
 
 /// What all runs share.

@@ -13,11 +13,14 @@ enum Cli {
         /// Boots of each monitor.
         #[arg(long, default_value_t = 10)]
         runs: u32,
+        /// How many of them once more under strace: slow, and what it counts hardly varies.
+        #[arg(long, default_value_t = 3)]
+        traced: u32,
     },
 }
 
 fn main() -> Result<()> {
     match Cli::parse() {
-        Cli::Boot { runs } => bench::boot::run(runs, &mut std::io::stdout()),
+        Cli::Boot { runs, traced } => bench::boot::run(runs, traced, &mut std::io::stdout()),
     }
 }
