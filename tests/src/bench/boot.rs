@@ -107,6 +107,9 @@ fn say(round: u32, what: &str) {
     eprintln!("round {}: {what}", round + 1);
 }
 
+/// How often a peer that does not boot is tried again.
+const PEER_RETRIES: u32 = 2;
+
 /// What all runs share.
 struct Bench {
     setup: Setup,
@@ -154,8 +157,19 @@ impl Bench {
         })
     }
 
-    /// Boots the common guest until it has printed its line.
+    /// Boots the common guest until it has printed its line. A peer that hangs (QEMU's firmware was seen to, in the
+    /// emulated machine) is tried again, aloud; katavm is not.
     fn boot(&self, monitor: Monitor) -> Result<[(Measure, f64); 5]> {
+        for _ in 0..PEER_RETRIES {
+            match self.try_boot(monitor) {
+                Err(error) if monitor != Monitor::Katavm => eprintln!("once more: {error:#}"),
+                outcome => return outcome,
+            }
+        }
+        self.try_boot(monitor)
+    }
+
+    fn try_boot(&self, monitor: Monitor) -> Result<[(Measure, f64); 5]> {
         let mut command = monitor.command(&self.setup)?;
         let mut moments = Moments::watch()?;
         let start = now()?;

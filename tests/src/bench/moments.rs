@@ -14,7 +14,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::guest::{INSTRUCTION, PRINTED};
 
 /// How long the next station may be away, in milliseconds. Generous: this is for guests that do not boot.
-const PATIENCE: u16 = 60_000;
+const PATIENCE: u16 = 20_000;
 const INSTANCES: &str = "/sys/kernel/tracing/instances";
 
 /// A trace of the one guest that is started while it exists.
