@@ -157,7 +157,7 @@ impl Bench {
         })
     }
 
-    /// Boots the common guest until it has printed its line. A peer that hangs (QEMU's firmware was seen to, in the
+    /// Boots the common guest until it has printed its line. A peer that hangs (QEMU was seen to, with an empty console, in the
     /// emulated machine) is tried again, aloud; katavm is not.
     fn boot(&self, monitor: Monitor) -> Result<[(Measure, f64); 5]> {
         for _ in 0..PEER_RETRIES {
