@@ -64,9 +64,21 @@ test-e2e *cases: build guest-image
     export KATAVM_E2E_DEBIAN
     exec "{{ lab }}" run --limit 3600 -- katavm-e2e "$@"
 
-# Benchmarks beside the peers, in the counting lab: ./just bench boot [--runs N]
-bench *args: build guest-image
-    "{{ lab }}" run --counting --limit 3600 -- katavm-bench "$@"
+# Benchmarks beside the peers, in the counting lab: [FIRECRACKER=BINARY] ./just bench boot [--runs N]
+bench *args: guest-image
+    #!/bin/sh
+    set -eu
+    # What users run, not what tests run: optimised as a release is.
+    cargo build -q --release -p katavm-runtime
+    cargo build -q --release -p katavm-tests --bins
+    bin=$CARGO_TARGET_DIR/release
+    if [ -n "${FIRECRACKER:-}" ]; then
+        firecracker=$(realpath "$FIRECRACKER")
+        set -- --share "$(dirname "$firecracker")" --env "FIRECRACKER=$firecracker" -- katavm-bench "$@"
+    else
+        set -- -- katavm-bench "$@"
+    fi
+    exec "$bin/katavm-lab" run --counting --limit 3600 --bin-dir "$bin" "$@"
 
 # The end-to-end tests again and again, the long ones too: ./just soak [ROUNDS]
 soak rounds="20": build guest-image

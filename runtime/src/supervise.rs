@@ -139,7 +139,7 @@ impl Work<'_> {
             let mut pod = None;
             let outcome = tokio::select! {
                 ended = sandbox.ended() => Err(ended.into()),
-                outcome = self.contain(&sandbox, ready, outside, &mut pod) => outcome,
+                outcome = self.contain(&sandbox, ready, outside, &mut pod, &|| vm.exits()) => outcome,
             };
             let outcome = match outcome {
                 Err(PodError::Sandbox(error)) => Err(sandbox.explain(error).await.into()),
@@ -170,12 +170,13 @@ impl Work<'_> {
         ready: ReadyPort,
         outside: Outside,
         pod: &mut Option<Arc<Pod>>,
+        exits: &dyn Fn() -> u64,
     ) -> Result<Exit, PodError> {
         let signals = outside.signals.listen().map_err(|error| PodError::Signals(io::Error::other(error)))?;
         let made = async {
             let hostname = self.launch.bundle.spec.hostname().clone().unwrap_or_default();
             let (prepared, ready) = Pod::prepare(sandbox, move |patience| ready.wait(patience), &hostname).await?;
-            self.note_ready(&ready);
+            self.note_ready(&ready, exits());
             let pod = pod.insert(prepared);
             let stand_in = |error: io::Error| PodError::StandIn(error.to_string());
             let new = NewContainer {
@@ -216,8 +217,9 @@ impl Work<'_> {
         }
     }
 
-    fn note_ready(&mut self, ready: &Ready) {
+    fn note_ready(&mut self, ready: &Ready, exits: u64) {
         let now = katavm_vmm::now();
+        self.timings.fact("agent_ready_exits", exits);
         self.timings.mark_at(timings::AGENT_READY, now);
         // The guest's clock starts with its kernel: counted back from when its report arrived.
         self.timings.mark_at(timings::GUEST_CLOCK, now.saturating_sub(ready.ready_ns));

@@ -1,185 +1,285 @@
 //! `bench boot`: from the start of the process to the guest, katavm beside its peers.
 
-use std::collections::BTreeMap;
-use std::ffi::OsString;
-use std::fs;
+use std::ffi::OsStr;
+use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use katavm_guest_image::cpio::Archive;
+use nix::time::{ClockId, clock_gettime};
+use serde_json::Value;
 use tempfile::TempDir;
 
-use super::measure::Series;
-use super::monitor::{Monitor, process};
-use crate::e2e::{Context, Guest};
+use super::guest;
+use super::measure::{Measure, Table};
+use super::moments::{Moments, Station};
+use super::monitor::{Monitor, Setup, katavm};
+use super::process::Tree;
+use super::syscalls;
+use crate::e2e::Context;
 
-/// What the guest's first program says.
-const USERSPACE: &str = "first line of userspace";
+// Of every monitor, on one kernel and initramfs with the serial console on:
+/// To the first entry of a vCPU into the guest.
+const FIRST_RUN: Measure = Measure::new("first_run", "ms");
+/// To the first instruction in user mode.
+const USERSPACE: Measure = Measure::new("userspace", "ms");
+/// To the first line of user mode on the serial console.
+const USERSPACE_LINE: Measure = Measure::aim("userspace_line", "ms", 450.0);
+/// Exits by KVM's own count, up to that line.
+const EXITS: Measure = Measure::new("exits", "");
+/// System calls of all processes, up to that line.
+const SYSCALLS: Measure = Measure::new("syscalls", "");
+/// Memory of all processes beside the guest's RAM, at that line.
+const MEMORY: Measure = Measure::new("memory", "KiB");
+// Of katavm alone, on its own image with the serial console quiet, as `katavm run` is used:
+/// To the start of the agent: the first program of user mode.
+const QUIET_USERSPACE: Measure = Measure::aim("quiet_userspace", "ms", 250.0);
+/// To the agent's report that it is ready.
+const AGENT_READY: Measure = Measure::new("agent_ready", "ms");
+/// Exits up to that report.
+const AGENT_READY_EXITS: Measure = Measure::new("agent_ready_exits", "");
+/// System calls up to that report.
+const AGENT_READY_SYSCALLS: Measure = Measure::new("agent_ready_syscalls", "");
+/// To the end of `katavm run` of /bin/true in a busybox bundle.
+const RUN_TRUE: Measure = Measure::new("run_true", "ms");
+/// Memory beside the guest's RAM while a container uses its root over virtio-fs.
+const RUN_MEMORY: Measure = Measure::aim("run_memory", "KiB", 5120.0);
 
-type Table = BTreeMap<(&'static str, &'static str), Series>;
+const MEASURES: [Measure; 12] = [
+    FIRST_RUN,
+    USERSPACE,
+    USERSPACE_LINE,
+    EXITS,
+    SYSCALLS,
+    MEMORY,
+    QUIET_USERSPACE,
+    AGENT_READY,
+    AGENT_READY_EXITS,
+    AGENT_READY_SYSCALLS,
+    RUN_TRUE,
+    RUN_MEMORY,
+];
 
-/// Boots every monitor `runs` times, in turn, and prints medians and ratios.
+/// Boots every monitor `runs` times, in turn, `traced` of them once more under strace, and prints medians and ratios.
 ///
 /// # Errors
 /// When a monitor fails to boot the guest.
-pub fn run(runs: u32, out: &mut impl Write) -> Result<()> {
-    let context = Context::new("bench-boot")?;
-    let scratch = TempDir::new()?;
-    let kernel = context.image("vmlinux")?;
-    let initramfs = initramfs(scratch.path())?;
+pub fn run(runs: u32, traced: u32, out: &mut impl Write) -> Result<()> {
+    let bench = Bench::new()?;
     let monitors = Monitor::available();
-    let mut table = Table::new();
+    // Once for nothing: files come into the page cache, and katavm probes this machine's KVM.
+    for monitor in &monitors {
+        bench.boot(*monitor)?;
+    }
+    bench.run_true()?;
+    let mut table = Table::default();
     for round in 0..runs {
         for monitor in &monitors {
-            let command = monitor.command(&kernel, &initramfs, scratch.path())?;
-            let mut add = |measure, value| table.entry((measure, monitor.name())).or_default().push(value);
-            let boot = boot(&command).with_context(|| format!("{} did not boot", monitor.name()))?;
-            add("userspace_ms", boot.userspace.as_secs_f64() * 1e3);
-            add("exits", boot.exits as f64);
-            add("pss_kib", boot.pss_kib as f64);
-            // Traced runs are slow, and what they count hardly varies.
-            if round < 3 {
-                let traced = traced(&command, scratch.path())?;
-                add("first_run_ms", traced.first_run.as_secs_f64() * 1e3);
-                add("syscalls", traced.syscalls as f64);
+            say(round, monitor.name());
+            let boot = bench.boot(*monitor)?;
+            for (measure, value) in boot {
+                table.add(&measure, monitor.name(), value);
+            }
+            if round < traced {
+                say(round, "strace");
+                table.add(&SYSCALLS, monitor.name(), bench.syscalls(*monitor)?);
             }
         }
-        let start = Instant::now();
-        let guest = Guest::boot(&context, |_| ())?;
-        table.entry(("agent_ready_ms", "katavm")).or_default().push(start.elapsed().as_secs_f64() * 1e3);
-        table.entry(("agent_ready_exits", "katavm")).or_default().push(guest.vm.exits() as f64);
-        guest.end()?;
-    }
-    print(&table, out)
-}
-
-fn print(table: &Table, out: &mut impl Write) -> Result<()> {
-    for ((measure, monitor), series) in table {
-        let Some((min, median, max)) = series.summary() else { continue };
-        writeln!(out, "boot {measure} {monitor} median {median:.2} (min {min:.2}, max {max:.2})")?;
-    }
-    for ((measure, monitor), series) in table {
-        let ours = table.get(&(measure, "katavm")).and_then(Series::summary);
-        if let (Some((_, ours, _)), Some((_, theirs, _)), true) = (ours, series.summary(), *monitor != "katavm") {
-            let measure = measure.trim_end_matches("_ms").trim_end_matches("_kib");
-            writeln!(out, "boot {measure} katavm/{monitor} ratio {:.2}", ours / theirs)?;
+        say(round, "katavm run /bin/true");
+        for (measure, value) in bench.run_true()? {
+            table.add(&measure, Monitor::Katavm.name(), value);
+        }
+        say(round, "katavm run of a busy container");
+        table.add(&RUN_MEMORY, Monitor::Katavm.name(), bench.run_memory()?);
+        if round < traced {
+            say(round, "strace katavm run /bin/true");
+            table.add(&AGENT_READY_SYSCALLS, Monitor::Katavm.name(), bench.agent_ready_syscalls()?);
         }
     }
+    table.print("boot", &MEASURES, out)?;
     Ok(())
 }
 
-/// An init of busybox that says its line and waits to be killed.
-fn initramfs(scratch: &Path) -> Result<PathBuf> {
-    let mut archive = Archive::new();
-    archive.directory("dev", 0o755)?;
-    archive.character_device("dev/console", 0o600, (5, 1))?;
-    archive.directory("bin", 0o755)?;
-    archive.file("bin/busybox", 0o755, &fs::read("/bin/busybox").context("this needs busybox-static")?)?;
-    let script = format!("#!/bin/busybox sh\necho {USERSPACE}\nexec /bin/busybox sleep 1000\n");
-    archive.file("init", 0o755, script.as_bytes())?;
-    let path = scratch.join("initramfs");
-    fs::write(&path, archive.finish())?;
-    Ok(path)
+/// Progress, for who waits.
+fn say(round: u32, what: &str) {
+    eprintln!("round {}: {what}", round + 1);
 }
 
-/// A process that is killed when it goes out of sight.
-struct Killed(Child);
+/// How often a peer that does not boot is tried again.
+const PEER_RETRIES: u32 = 2;
 
-impl Drop for Killed {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
+/// What all runs share.
+struct Bench {
+    setup: Setup,
+    /// Runs /bin/true.
+    run_true: PathBuf,
+    /// Reads all of its root, writes to it, and then says so and waits.
+    run_busy: PathBuf,
+    /// `uname -r` of the guest.
+    kernel_release: String,
+    _scratch: TempDir,
 }
 
-struct Boot {
-    userspace: Duration,
-    exits: u64,
-    pss_kib: u64,
-}
+/// What the busy container runs.
+const BUSY: &str = "find / -xdev -type f -exec cat {} + >/dev/null; \
+                    dd if=/dev/zero of=/written bs=64k count=64 2>/dev/null; rm /written; echo busy; read -r _";
 
-/// Runs `command` until the guest's first line.
-fn boot(command: &[OsString]) -> Result<Boot> {
-    let start = Instant::now();
-    let mut child = spawn(process(command)?)?;
-    wait_for_userspace(&mut child)?;
-    let userspace = start.elapsed();
-    let pid = child.0.id();
-    Ok(Boot { userspace, exits: exits(pid)?, pss_kib: pss_without_ram(pid)? })
-}
-
-fn spawn(mut command: Command) -> Result<Killed> {
-    let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
-    Ok(Killed(child.with_context(|| format!("cannot run {}", command.get_program().display()))?))
-}
-
-fn wait_for_userspace(child: &mut Killed) -> Result<()> {
-    let mut console = Vec::new();
-    let mut lines = BufReader::new(child.0.stdout.take().context("no console")?);
-    let mut seen = 0;
-    while lines.read_until(b'\n', &mut console)? > 0 {
-        if String::from_utf8_lossy(&console[seen..]).contains(USERSPACE) {
-            // The pipe stays open: a monitor must not die of a closed console.
-            child.0.stdout = Some(lines.into_inner());
-            return Ok(());
+impl Bench {
+    fn new() -> Result<Self> {
+        let context = Context::new("bench-boot")?;
+        let scratch = TempDir::with_prefix("katavm-bench-")?;
+        let path = |name: &str| scratch.path().join(name);
+        // In memory, so that no monitor pays for the file system that the image lies on.
+        let image = path("image");
+        fs::create_dir(&image)?;
+        for file in ["vmlinux", "initramfs"] {
+            fs::copy(context.image(file)?, image.join(file))?;
         }
-        seen = console.len();
+        let initramfs = path("initramfs");
+        fs::write(&initramfs, guest::initramfs()?)?;
+        let bundle = path("bundle");
+        example("make-bundle", &["busybox".as_ref(), bundle.as_os_str()])?;
+        let config = |name: &str, args: &[&str]| -> Result<PathBuf> {
+            let folder = path(name);
+            let mut words = vec![bundle.as_os_str(), folder.as_os_str(), "--".as_ref()];
+            words.extend(args.iter().map(OsStr::new));
+            example("config-with", &words)?;
+            Ok(folder)
+        };
+        Ok(Self {
+            run_true: config("true", &["/bin/true"])?,
+            run_busy: config("busy", &["/bin/sh", "-c", BUSY])?,
+            kernel_release: context.kernel_release()?,
+            setup: Setup { kernel: image.join("vmlinux"), initramfs, bundle, scratch: scratch.path().into() },
+            _scratch: scratch,
+        })
     }
-    anyhow::bail!("the console ended before userspace:\n{}", String::from_utf8_lossy(&console))
-}
 
-/// KVM's own count, from debugfs, where it is for every monitor.
-fn exits(pid: u32) -> Result<u64> {
-    const KVM: &str = "/sys/kernel/debug/kvm";
-    if !Path::new(KVM).exists() {
-        let mounted = Command::new("mount").args(["-t", "debugfs", "debugfs", "/sys/kernel/debug"]).status()?;
-        ensure!(mounted.success(), "cannot mount debugfs: this counts exits as root");
-    }
-    for entry in fs::read_dir(KVM)? {
-        let path = entry?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        if name.split('-').next() == Some(&pid.to_string()) {
-            return Ok(fs::read_to_string(path.join("exits"))?.trim().parse()?);
+    /// Boots the common guest until it has printed its line. A peer that hangs (QEMU was seen to, with an empty console, in the
+    /// emulated machine) is tried again, aloud; katavm is not.
+    fn boot(&self, monitor: Monitor) -> Result<[(Measure, f64); 5]> {
+        for _ in 0..PEER_RETRIES {
+            match self.try_boot(monitor) {
+                Err(error) if monitor != Monitor::Katavm => eprintln!("once more: {error:#}"),
+                outcome => return outcome,
+            }
         }
+        self.try_boot(monitor)
     }
-    anyhow::bail!("process {pid} has no virtual machine")
-}
 
-/// Proportional memory of the process in KiB, without mappings as large as guest RAM.
-fn pss_without_ram(pid: u32) -> Result<u64> {
-    let (mut total, mut size) = (0, 0);
-    for line in fs::read_to_string(format!("/proc/{pid}/smaps"))?.lines() {
-        let kib = || line.split_whitespace().nth(1).and_then(|word| word.parse::<u64>().ok()).unwrap_or(0);
-        if line.starts_with("Size:") {
-            size = kib();
-        } else if line.starts_with("Pss:") && size < 200 << 10 {
-            total += kib();
+    fn try_boot(&self, monitor: Monitor) -> Result<[(Measure, f64); 5]> {
+        let mut command = monitor.command(&self.setup)?;
+        let mut moments = Moments::watch()?;
+        let start = now()?;
+        let (tree, printed) = self.until_printed(&mut command, &mut moments, monitor)?;
+        Ok([
+            (FIRST_RUN, milliseconds(moments.wait(Station::FirstRun)? - start)),
+            (USERSPACE, milliseconds(moments.wait(Station::Userspace)? - start)),
+            (USERSPACE_LINE, milliseconds(printed - start)),
+            (EXITS, tree.exits()? as f64),
+            (MEMORY, tree.memory_kib()? as f64),
+        ])
+    }
+
+    /// System calls of the same.
+    fn syscalls(&self, monitor: Monitor) -> Result<f64> {
+        let log = self.setup.scratch.join("strace");
+        let mut command = syscalls::traced(&monitor.command(&self.setup)?, &log);
+        let mut moments = Moments::watch()?;
+        drop(self.until_printed(&mut command, &mut moments, monitor)?);
+        Ok(syscalls::count(&log, None)? as f64)
+    }
+
+    /// Starts `command` and waits for the line, which must be on the console then.
+    ///
+    /// The console is a file: a reader of a pipe would be woken up for each byte, and that be counted, too.
+    fn until_printed(
+        &self,
+        command: &mut Command,
+        moments: &mut Moments,
+        monitor: Monitor,
+    ) -> Result<(Tree, Duration)> {
+        let path = self.setup.scratch.join("console");
+        let console = File::create(&path)?;
+        command.stdin(Stdio::null()).stdout(console.try_clone()?).stderr(console);
+        let tree = Tree::spawn(command)?;
+        let printed = moments.wait(Station::Printed);
+        let console = String::from_utf8_lossy(&fs::read(&path)?).into_owned();
+        let printed = printed.with_context(|| format!("{} does not boot; its console:\n{console}", monitor.name()))?;
+        ensure!(
+            console.contains(guest::LINE.trim_end()),
+            "{} printed no line; its console:\n{console}",
+            monitor.name()
+        );
+        Ok((tree, printed))
+    }
+
+    /// Runs /bin/true on the image as users do.
+    fn run_true(&self) -> Result<[(Measure, f64); 4]> {
+        let mut moments = Moments::watch()?;
+        let start = now()?;
+        let output = self.katavm(&self.run_true).arg("--timings=json").output()?;
+        let end = now()?;
+        let text = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "katavm run /bin/true: {}: {text}", output.status);
+        let timings: Value = text.lines().find_map(|line| serde_json::from_str(line).ok()).context("no timings")?;
+        let fact = |name: &str| timings["timings"][name].as_f64().with_context(|| format!("no {name} in {text}"));
+        // katavm's own clock starts in steps of 10 ms; the first entry is in both, so what follows is exact.
+        let first_run = milliseconds(moments.wait(Station::FirstRun)? - start);
+        let since_first_run = |name: &str| anyhow::Ok((fact(name)? - fact("first_kvm_run_ns")?) / 1e6);
+        let at = |name: &str| since_first_run(name).map(|more| first_run + more);
+        anyhow::Ok([
+            (QUIET_USERSPACE, at("agent_main_ns")?),
+            (AGENT_READY, at("agent_ready_ns")?),
+            (AGENT_READY_EXITS, fact("agent_ready_exits")?),
+            (RUN_TRUE, milliseconds(end - start)),
+        ])
+    }
+
+    /// Memory of all of katavm's processes while a container has just used its root and waits.
+    fn run_memory(&self) -> Result<f64> {
+        let mut command = self.katavm(&self.run_busy);
+        let mut tree = Tree::spawn(command.stdin(Stdio::piped()).stdout(Stdio::piped()))?;
+        let stdout = tree.child().stdout.take().context("no stdout")?;
+        let mut line = String::new();
+        BufReader::new(stdout).read_line(&mut line)?;
+        ensure!(line == "busy\n", "the container says {line:?}");
+        Ok(tree.memory_kib()? as f64)
+    }
+
+    /// System calls until the agent's report, which carries the guest kernel's release, arrives.
+    fn agent_ready_syscalls(&self) -> Result<f64> {
+        let log = self.setup.scratch.join("strace");
+        let output = syscalls::traced(&self.katavm(&self.run_true), &log).output()?;
+        ensure!(output.status.success(), "strace katavm: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(syscalls::count(&log, Some(&self.kernel_release))? as f64)
+    }
+
+    /// `katavm run` of `bundle` on its own image.
+    fn katavm(&self, bundle: &Path) -> Command {
+        let mut command = katavm(&self.setup.scratch, bundle);
+        if let Some(image) = self.setup.kernel.parent() {
+            command.env("KATAVM_GUEST_IMAGE", image);
         }
+        command
     }
-    Ok(total)
 }
 
-struct Traced {
-    first_run: Duration,
-    syscalls: u64,
+/// Runs a script of the checkout's `examples`.
+fn example(script: &str, args: &[&OsStr]) -> Result<()> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples").join(script);
+    let output = Command::new(&path).args(args).output().with_context(|| format!("cannot run {}", path.display()))?;
+    ensure!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
 }
 
-/// Runs `command` under strace until the guest's first line: when KVM_RUN first came, and how many system calls there were.
-fn traced(command: &[OsString], scratch: &Path) -> Result<Traced> {
-    let log = scratch.join("strace");
-    let mut strace = Command::new("strace");
-    strace.args(["-f", "-ttt", "-o"]).arg(&log).args(command);
-    let mut child = spawn(strace)?;
-    wait_for_userspace(&mut child)?;
-    drop(child);
-    let text = fs::read_to_string(&log)?;
-    let time = |line: &str| line.split_whitespace().nth(1).and_then(|word| word.parse::<f64>().ok());
-    let start = text.lines().find_map(time).context("an empty trace")?;
-    let run = text.lines().find(|line| line.contains("KVM_RUN")).and_then(time).context("no KVM_RUN in the trace")?;
-    let calls = text.lines().filter(|line| !line.contains("resumed>") && line.contains('('));
-    Ok(Traced { first_run: Duration::from_secs_f64((run - start).max(0.0)), syscalls: calls.count() as u64 })
+/// Now, by the clock of [`Moments`].
+fn now() -> Result<Duration> {
+    Ok(clock_gettime(ClockId::CLOCK_MONOTONIC)?.into())
+}
+
+fn milliseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
 }

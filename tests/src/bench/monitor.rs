@@ -1,4 +1,4 @@
-//! The monitors that are compared, each as a process that boots one guest and shows its console on stdout.
+//! The monitors that are compared, each as a process that boots one guest and shows its console.
 
 use std::env;
 use std::ffi::OsString;
@@ -7,13 +7,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result};
-use katavm_devices::rng::Rng;
-use katavm_vmm::{Microvm, MicrovmConfig};
 use serde_json::json;
 
 /// MiB of guest memory, for all.
-const MEMORY: u32 = 256;
-/// The same for all; each adds what its devices need.
+pub const MEMORY_MIB: u32 = 256;
+/// What the others are told; katavm's own words are its own, and as loud with `--console`.
 const CMDLINE: &str = "console=ttyS0 reboot=k panic=-1 8250.nr_uarts=1";
 
 /// One of the virtual machine monitors.
@@ -25,6 +23,18 @@ pub enum Monitor {
     Qemu,
     /// Firecracker, where a binary is given.
     Firecracker,
+}
+
+/// What all of them boot, and where they may write.
+pub struct Setup {
+    /// The kernel, an ELF file.
+    pub kernel: PathBuf,
+    /// The initramfs of [`super::guest`].
+    pub initramfs: PathBuf,
+    /// A bundle for katavm.
+    pub bundle: PathBuf,
+    /// A folder for a monitor's own files.
+    pub scratch: PathBuf,
 }
 
 impl Monitor {
@@ -40,90 +50,58 @@ impl Monitor {
     /// Those that this machine has.
     pub fn available() -> Vec<Self> {
         let mut all = vec![Self::Katavm, Self::Qemu];
-        if env::var_os("FIRECRACKER").is_some() {
+        if env::var_os("FIRECRACKER").is_some_and(|binary| !binary.is_empty()) {
             all.push(Self::Firecracker);
         }
         all
     }
 
-    /// The command that boots `kernel` with `initramfs`; `scratch` is for its configuration.
+    /// The command that boots a guest with its console on stdout or stderr.
     ///
     /// # Errors
     /// When a file cannot be written.
-    pub fn command(self, kernel: &Path, initramfs: &Path, scratch: &Path) -> Result<Vec<OsString>> {
-        let words = |words: &[&str]| words.iter().map(OsString::from).collect::<Vec<_>>();
+    pub fn command(self, setup: &Setup) -> Result<Command> {
         Ok(match self {
             Self::Katavm => {
-                let mut command = vec![env::current_exe()?.into_os_string()];
-                command.extend([OsString::from("boot-one"), kernel.into(), initramfs.into()]);
+                let mut command = katavm(&setup.scratch, &setup.bundle);
+                command.arg("--console").arg("--kernel").arg(&setup.kernel).arg("--initrd").arg(&setup.initramfs);
                 command
             }
             Self::Qemu => {
-                let memory = MEMORY.to_string();
-                let mut command = words(&[
-                    "qemu-system-x86_64",
-                    "-M",
-                    "microvm,acpi=off,rtc=off,pcie=off,usb=off",
-                    "-accel",
-                    "kvm",
-                    "-cpu",
-                    "host",
-                    "-m",
-                    &memory,
-                    "-nodefaults",
-                    "-no-user-config",
-                    "-display",
-                    "none",
-                    "-no-reboot",
-                    "-serial",
-                    "stdio",
-                    "-append",
-                    CMDLINE,
-                    "-kernel",
-                ]);
-                command.extend([kernel.into(), OsString::from("-initrd"), initramfs.into()]);
+                let mut command = Command::new("qemu-system-x86_64");
+                command
+                    .args(["-M", "microvm,acpi=off,rtc=off,pcie=off,usb=off", "-accel", "kvm", "-cpu", "host"])
+                    .args(["-m", &MEMORY_MIB.to_string(), "-nodefaults", "-no-user-config", "-display", "none"])
+                    .args(["-no-reboot", "-serial", "stdio", "-append", CMDLINE])
+                    .arg("-kernel")
+                    .arg(&setup.kernel)
+                    .arg("-initrd")
+                    .arg(&setup.initramfs);
                 command
             }
             Self::Firecracker => {
-                let config = scratch.join("firecracker.json");
+                let config = setup.scratch.join("firecracker.json");
                 let text = json!({
-                    "boot-source": {"kernel_image_path": kernel, "initrd_path": initramfs, "boot_args": CMDLINE},
-                    "machine-config": {"vcpu_count": 1, "mem_size_mib": MEMORY},
+                    "boot-source": {
+                        "kernel_image_path": setup.kernel, "initrd_path": setup.initramfs, "boot_args": CMDLINE,
+                    },
+                    "machine-config": {"vcpu_count": 1, "mem_size_mib": MEMORY_MIB},
                     "drives": [],
                 });
                 fs::write(&config, text.to_string())?;
-                let binary = env::var_os("FIRECRACKER").context("FIRECRACKER is not set")?;
-                vec![binary, "--no-api".into(), "--config-file".into(), config.into()]
+                let binary: OsString = env::var_os("FIRECRACKER").context("FIRECRACKER is not set")?;
+                let mut command = Command::new(binary);
+                command.args(["--no-api", "--config-file"]).arg(config);
+                command
             }
         })
     }
 }
 
-/// A command from its words.
-pub fn process(words: &[OsString]) -> Result<Command> {
-    let (program, args) = words.split_first().context("an empty command")?;
-    let mut command = Command::new(program);
-    command.args(args);
-    Ok(command)
-}
-
-/// katavm's side of the comparison: boots one guest with its console on stdout, and nothing else.
-///
-/// # Errors
-/// When it cannot be built.
-pub fn boot_one(kernel: PathBuf, initramfs: PathBuf) -> Result<()> {
-    let config = MicrovmConfig {
-        kernel,
-        initramfs: Some(initramfs),
-        memory_mib: MEMORY,
-        // As loud as the others, who have no `quiet`.
-        cmdline: "loglevel=7".into(),
-        ..Default::default()
-    };
-    let vm = Microvm::builder(config).rng(Rng::new()?).build()?;
-    vm.console().mirror(std::io::stdout());
-    vm.start()?;
-    // How it ends is the guest's business.
-    let _ = vm.wait();
-    Ok(())
+/// `katavm run` of `bundle`, with its state in `scratch`; options may follow.
+pub fn katavm(scratch: &Path, bundle: &Path) -> Command {
+    let mut command = Command::new("katavm");
+    command.arg("--root").arg(scratch.join("state")).arg("run").arg(bundle);
+    command.args(["--memory", &MEMORY_MIB.to_string()]);
+    command
 }

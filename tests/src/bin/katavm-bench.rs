@@ -1,7 +1,5 @@
 //! `katavm-bench`: benchmarks with peers beside us. Meant for the counting lab (`./just bench`).
 
-use std::path::PathBuf;
-
 use anyhow::Result;
 use clap::Parser;
 use katavm_tests::bench;
@@ -15,20 +13,14 @@ enum Cli {
         /// Boots of each monitor.
         #[arg(long, default_value_t = 10)]
         runs: u32,
-    },
-    /// Boot one guest with its console on stdout.
-    #[command(hide = true)]
-    BootOne {
-        /// The kernel.
-        kernel: PathBuf,
-        /// The initramfs.
-        initramfs: PathBuf,
+        /// How many of them once more under strace: slow, and what it counts hardly varies.
+        #[arg(long, default_value_t = 3)]
+        traced: u32,
     },
 }
 
 fn main() -> Result<()> {
     match Cli::parse() {
-        Cli::Boot { runs } => bench::boot::run(runs, &mut std::io::stdout()),
-        Cli::BootOne { kernel, initramfs } => bench::boot_one(kernel, initramfs),
+        Cli::Boot { runs, traced } => bench::boot::run(runs, traced, &mut std::io::stdout()),
     }
 }

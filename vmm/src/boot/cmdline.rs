@@ -12,7 +12,10 @@ use katavm_devices::virtio::mmio::WINDOW;
 /// - `8250.nr_uarts=1`: do not look for serial ports that are not there.
 /// - `no_timer_check`: KVM's timer works; the check costs time.
 /// - `cryptomgr.notests`: no self-tests of ciphers at each boot.
-const BASE: &str = "console=ttyS0 quiet reboot=k panic=-1 8250.nr_uarts=1 no_timer_check cryptomgr.notests";
+/// - `noreplace-smp`: do not patch lock prefixes out for one CPU, and back in when another comes.
+/// - `swiotlb=noforce`: no bounce buffers, which nothing uses; a guest above 3 GiB clears 64 MiB for them otherwise.
+const BASE: &str = "console=ttyS0 quiet reboot=k panic=-1 8250.nr_uarts=1 no_timer_check cryptomgr.notests \
+                    noreplace-smp swiotlb=noforce";
 
 /// A virtio-mmio window as the kernel shall find it.
 #[derive(Clone, Copy, Debug)]

@@ -1,0 +1,128 @@
+//! A monitor's processes: starting, counting and ending them.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Child, Command};
+
+use anyhow::{Context as _, Result, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::monitor::MEMORY_MIB;
+
+/// A process with all its children, killed when it goes out of sight.
+pub struct Tree(Child);
+
+impl Tree {
+    /// Starts `command`.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn spawn(command: &mut Command) -> Result<Self> {
+        let child = command.spawn();
+        child.map(Self).with_context(|| format!("cannot run {}", command.get_program().display()))
+    }
+
+    /// The first process of it.
+    pub fn child(&mut self) -> &mut Child {
+        &mut self.0
+    }
+
+    /// All its processes, the first one first.
+    fn pids(&self) -> Vec<u32> {
+        let mut pids = vec![self.0.id()];
+        let mut next = 0;
+        while let Some(pid) = pids.get(next) {
+            let children = threads(*pid).into_iter().filter_map(|tid| {
+                let path = format!("/proc/{pid}/task/{tid}/children");
+                fs::read_to_string(path).ok()
+            });
+            let found: Vec<u32> = children.flat_map(|text| numbers(&text)).collect();
+            pids.extend(found);
+            next += 1;
+        }
+        pids
+    }
+
+    /// Proportional memory of all its processes in KiB, without the guest's RAM.
+    ///
+    /// # Errors
+    /// When a process cannot be read.
+    pub fn memory_kib(&self) -> Result<u64> {
+        self.pids().into_iter().map(memory_kib).sum()
+    }
+
+    /// How often its virtual machine's vCPUs left the guest, by KVM's own count in debugfs.
+    ///
+    /// # Errors
+    /// When it has none, or debugfs cannot be read.
+    pub fn exits(&self) -> Result<u64> {
+        let folder = Path::new("/sys/kernel/debug/kvm");
+        let entries = fs::read_dir(folder).context("exits are counted in debugfs: it takes root, and it mounted")?;
+        let threads: Vec<u32> = self.pids().into_iter().flat_map(threads).collect();
+        for entry in entries {
+            // Named by the thread that made it and its descriptor.
+            let name = entry?.file_name().to_string_lossy().into_owned();
+            let thread = name.split('-').next().and_then(|tid| tid.parse().ok());
+            if thread.is_some_and(|tid| threads.contains(&tid)) {
+                return Ok(fs::read_to_string(folder.join(name).join("exits"))?.trim().parse()?);
+            }
+        }
+        anyhow::bail!("process {} has no virtual machine", self.0.id())
+    }
+}
+
+impl Drop for Tree {
+    fn drop(&mut self) {
+        // Some may have ended by themselves.
+        for pid in self.pids() {
+            let _ = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL);
+        }
+        let _ = self.0.wait();
+    }
+}
+
+fn numbers(text: &str) -> Vec<u32> {
+    text.split_whitespace().filter_map(|word| word.parse().ok()).collect()
+}
+
+fn threads(pid: u32) -> Vec<u32> {
+    let Ok(entries) = fs::read_dir(format!("/proc/{pid}/task")) else { return Vec::new() };
+    entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+}
+
+fn memory_kib(pid: u32) -> Result<u64> {
+    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
+    let (total, ram) = without_ram(&smaps);
+    // A child that is forked before the guest's RAM exists has none.
+    ensure!(ram <= 1, "process {pid} has {ram} mappings as large as the guest's RAM");
+    Ok(total)
+}
+
+/// KiB of all mappings but those that can hold the guest's whole RAM, and how many those are.
+fn without_ram(smaps: &str) -> (u64, u32) {
+    let (mut total, mut ram, mut is_ram) = (0, 0, false);
+    for line in smaps.lines() {
+        let kib = line.split_whitespace().nth(1).and_then(|word| word.parse::<u64>().ok()).unwrap_or(0);
+        if line.starts_with("Size:") {
+            is_ram = kib >= u64::from(MEMORY_MIB) << 10;
+            ram += u32::from(is_ram);
+        } else if line.starts_with("Pss:") && !is_ram {
+            total += kib;
+        }
+    }
+    (total, ram)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guest_ram_is_not_counted() {
+        let smaps = "1000-2000 rw-p 0 00:00 0\nSize:  4 kB\nPss:  3 kB\nPss_Dirty: 1 kB\n\
+                     2000-3000 rw-p 0 00:00 0\nSize:  262144 kB\nPss:  70000 kB\n\
+                     3000-4000 rw-p 0 00:00 0\nSize:  262140 kB\nPss:  20 kB\n";
+        assert_eq!(without_ram(smaps), (23, 1));
+    }
+}
