@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use rustix::fs::{FileType, Mode, OFlags, fstat, major, minor};
+use rustix::fs::{Access, AtFlags, CWD, FileType, Mode, OFlags, accessat, fstat, major, minor};
 
 /// What a path leads to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +58,15 @@ pub fn open_shared(path: &Path) -> io::Result<(OwnedFd, FileKind)> {
         _ => FileKind::Other,
     };
     Ok((fd, kind))
+}
+
+/// Whether this user may list and pass through a directory (access(2) with the effective ids).
+///
+/// # Errors
+/// Those of access(2).
+pub fn may_use_directory(path: &Path) -> io::Result<()> {
+    let wanted = Access::READ_OK | Access::EXEC_OK;
+    Ok(accessat(CWD, path, wanted, AtFlags::EACCESS)?)
 }
 
 /// An error of the system as container runtimes word it: `no such file or directory`.

@@ -6,6 +6,6 @@ mod files;
 mod limits;
 mod processes;
 
-pub use files::{FileKind, open_shared, system_message};
+pub use files::{FileKind, may_use_directory, open_shared, system_message};
 pub use limits::raise_open_files;
 pub use processes::{Fork, fork, ignore_all_signals, kill_and_reap, pidfd_of_self, set_process_name, start_time_ns};
