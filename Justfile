@@ -58,15 +58,23 @@ test-unit:
 
 # Real guests, in the lab or on this machine's /dev/kvm: ./just test-e2e [CASE...]
 test-e2e *cases: build guest-image
-    "{{ lab }}" run --limit 3600 -- katavm-e2e "$@"
+    #!/bin/sh
+    set -eu
+    KATAVM_E2E_DEBIAN=$(examples/make-bundle debian)
+    export KATAVM_E2E_DEBIAN
+    exec "{{ lab }}" run --limit 3600 -- katavm-e2e "$@"
 
 # Benchmarks beside the peers, in the counting lab: ./just bench boot [--runs N]
 bench *args: build guest-image
     "{{ lab }}" run --counting --limit 3600 -- katavm-bench "$@"
 
-# The end-to-end tests again and again.
+# The end-to-end tests again and again, the long ones too: ./just soak [ROUNDS]
 soak rounds="20": build guest-image
-    for round in $(seq "$1"); do echo "round $round" && "{{ lab }}" run --limit 7200 -- katavm-e2e || exit 1; done
+    #!/bin/sh
+    set -eu
+    KATAVM_E2E_DEBIAN=$(examples/make-bundle debian)
+    export KATAVM_E2E_DEBIAN
+    for round in $(seq "$1"); do echo "round $round" && "{{ lab }}" run --limit 14400 -- katavm-e2e --long; done
 
 # Formatting and clippy, warnings refused.
 lint:

@@ -35,15 +35,18 @@ pub struct Case {
     pub check: fn(&Context) -> Result<Verdict>,
 }
 
-/// All cases in the order in which they run.
+/// All cases in the order in which they run; `long` ones as well, if they are wanted.
 #[must_use]
-pub fn cases() -> Vec<Case> {
-    let mut cases = Vec::new();
-    for (group, rows) in [boot::CASES, agent::CASES, run::CASES, snapshot::CASES] {
-        cases.extend(rows.iter().map(|(name, check)| Case { group, name, check: *check }));
-    }
-    cases
+pub fn cases(long: bool) -> Vec<Case> {
+    let first: &[Table] = &[boot::CASES, agent::CASES, snapshot::CASES];
+    let long: &[Table] = if long { &run::LONG_TABLES } else { &[] };
+    let tables = first.iter().chain(long).chain(&run::TABLES);
+    let cases = tables.flat_map(|(group, rows)| rows.iter().map(move |(name, check)| (group, name, check)));
+    cases.map(|(group, name, check)| Case { group, name, check: *check }).collect()
 }
+
+/// A group of cases: its name and its rows.
+type Table = (&'static str, &'static [Row]);
 
 /// A row of a table: the case's name and its check.
 type Row = (&'static str, fn(&Context) -> Result<Verdict>);
