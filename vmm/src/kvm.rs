@@ -120,3 +120,15 @@ pub fn create_irqchip(vm: &VmFd) -> Result<(), KvmError> {
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
     vm.create_pit2(pit).map_err(ioctl("KVM_CREATE_PIT2"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_that_is_not_kvm_is_told_from_one_that_is_not_there() {
+        let error = |path: &str| open(Path::new(path)).err().map(|error| error.to_string()).unwrap_or_default();
+        assert!(error("/dev/null").starts_with("/dev/null is not the KVM device"), "{}", error("/dev/null"));
+        assert!(error("/dev/no-kvm").starts_with("/dev/no-kvm does not exist"), "{}", error("/dev/no-kvm"));
+    }
+}

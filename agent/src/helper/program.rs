@@ -153,6 +153,14 @@ mod tests {
     }
 
     #[test]
+    fn a_null_device_that_cannot_be_written_is_found() {
+        let open = |path: &str, write: bool| OpenOptions::new().read(true).write(write).open(path).unwrap();
+        assert!(is_read_only_null(open("/dev/null", false).as_fd()));
+        assert!(!is_read_only_null(open("/dev/null", true).as_fd()));
+        assert!(!is_read_only_null(open("/dev/zero", false).as_fd()));
+    }
+
+    #[test]
     fn a_home_comes_from_passwd() {
         let passwd = "root:x:0:0:root:/root:/bin/sh\nbroken\nwww:x:33:33::/var/www:/bin/sh\nnone:x:7:7:::\n";
         assert_eq!(home_in(passwd, 33), Some("/var/www"));

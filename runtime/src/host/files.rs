@@ -103,6 +103,13 @@ mod tests {
     }
 
     #[test]
+    fn a_directory_is_used_by_who_may() {
+        let dir = tempfile::tempdir().unwrap();
+        may_use_directory(dir.path()).unwrap();
+        assert_eq!(may_use_directory(&dir.path().join("no")).unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
     fn errors_read_as_those_of_other_runtimes() {
         let error = open_shared(Path::new("/nowhere")).unwrap_err();
         assert_eq!(system_message(&error), "no such file or directory");
