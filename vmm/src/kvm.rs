@@ -23,7 +23,7 @@ pub enum KvmError {
     /// The device node may not be opened.
     #[error("no permission to open {0}: become a member of the group that owns it (usually kvm), or run as root")]
     Permission(PathBuf),
-    /// The device node cannot be opened for another reason, or is none.
+    /// The device node cannot be opened for another reason.
     #[error("{path} cannot be used as KVM device: {error}")]
     Open {
         /// The device node.
@@ -31,6 +31,11 @@ pub enum KvmError {
         /// What open(2) or KVM_GET_API_VERSION said.
         error: io::Error,
     },
+    /// Something else has the device node's name.
+    #[error(
+        "{0} is not the KVM device: `ls -l {0}` should show a character device with the numbers 10, 232; see what was mounted or made in its place"
+    )]
+    NotKvm(PathBuf),
     /// The host's KVM is too old.
     #[error("this host's KVM lacks {0}: katavm needs Linux 5.10 or newer")]
     Capability(&'static str),
@@ -61,8 +66,12 @@ pub fn open(path: &Path) -> Result<Kvm, KvmError> {
     };
     let name = CString::new(path.as_os_str().as_bytes()).map_err(|error| failed(error.into()))?;
     let kvm = Kvm::new_with_path(name).map_err(|error| failed(error.into()))?;
-    if kvm.get_api_version() != 12 {
-        return Err(failed(io::Error::other("it does not speak KVM API version 12")));
+    match kvm.get_api_version() {
+        // KVM's, unchanged since Linux 2.6.22.
+        12 => {}
+        // The ioctl is unknown to it.
+        ..0 => return Err(KvmError::NotKvm(path.into())),
+        other => return Err(failed(io::Error::other(format!("it speaks KVM API version {other}, not 12")))),
     }
     let needed = [
         (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
@@ -110,4 +119,16 @@ pub fn create_irqchip(vm: &VmFd) -> Result<(), KvmError> {
     // The dummy speaker keeps port 0x61, which the kernel reads when it calibrates, inside KVM.
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
     vm.create_pit2(pit).map_err(ioctl("KVM_CREATE_PIT2"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_that_is_not_kvm_is_told_from_one_that_is_not_there() {
+        let error = |path: &str| open(Path::new(path)).err().map(|error| error.to_string()).unwrap_or_default();
+        assert!(error("/dev/null").starts_with("/dev/null is not the KVM device"), "{}", error("/dev/null"));
+        assert!(error("/dev/no-kvm").starts_with("/dev/no-kvm does not exist"), "{}", error("/dev/no-kvm"));
+    }
 }

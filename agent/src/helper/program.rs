@@ -2,10 +2,14 @@
 
 use std::collections::HashMap;
 use std::ffi::CString;
-use std::io::Write;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd};
 
 use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
-use nix::unistd::execve;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::stat::{SFlag, fstat, makedev};
+use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout, execve};
 use oci_spec::runtime::{Process, Spec};
 
 use super::lookup::{find, words};
@@ -51,6 +55,31 @@ pub fn program(process: &Process) -> Result<CString, Error> {
     find(name, path)
 }
 
+/// Makes those standard streams that are /dev/null fit for both directions: libcontainer opens the container's own
+/// for reading alone, whatever stream it is for.
+fn open_nulls_for_both() {
+    let replace = |stream: BorrowedFd<'_>, onto: fn(&File) -> nix::Result<()>| {
+        if is_read_only_null(stream)
+            && let Ok(null) = OpenOptions::new().read(true).write(true).open("/dev/null")
+        {
+            // A container without the device, or whose seccomp profile forbids this, keeps the stream as it is.
+            let _ = onto(&null);
+        }
+    };
+    replace(io::stdin().as_fd(), |null| dup2_stdin(null));
+    replace(io::stdout().as_fd(), |null| dup2_stdout(null));
+    replace(io::stderr().as_fd(), |null| dup2_stderr(null));
+}
+
+fn is_read_only_null(stream: BorrowedFd<'_>) -> bool {
+    let is_null = fstat(stream).is_ok_and(|stat| {
+        SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits()) == SFlag::S_IFCHR
+            && stat.st_rdev == makedev(1, 3)
+    });
+    let mode = fcntl(stream, FcntlArg::F_GETFL).map(|flags| OFlag::from_bits_truncate(flags) & OFlag::O_ACCMODE);
+    is_null && mode == Ok(OFlag::O_RDONLY)
+}
+
 /// Executes the program of a process; returns only if that fails, and has told the process' standard error why.
 pub fn execute(process: &Process, home: Option<String>) -> Error {
     let error = match try_execute(process, home) {
@@ -69,6 +98,7 @@ fn try_execute(process: &Process, home: Option<String>) -> Result<std::convert::
     let variables = environment(process, home);
     let variables = variables.iter().map(|(name, value)| text(&format!("{name}={value}")));
     let variables = variables.collect::<Result<Vec<_>, _>>()?;
+    open_nulls_for_both();
     execve(&program, &args, &variables)
         .map_err(|errno| Error::Denied(format!("exec {}: {}", program.to_string_lossy(), words(Some(errno as i32)))))
 }
@@ -100,8 +130,10 @@ impl Executor for Program {
 
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
         let process = spec.process().as_ref().ok_or(ExecutorError::InvalidArg)?;
-        let error = execute(process, std::env::var("HOME").ok());
-        Err(ExecutorError::Other(error.to_string()))
+        execute(process, std::env::var("HOME").ok());
+        // SAFETY: _exit runs nothing of this process any more. Returning to libcontainer would end it with 255, but the
+        // status of a program that cannot be executed is 1, as with runc.
+        unsafe { libc::_exit(1) }
     }
 }
 
@@ -118,6 +150,14 @@ mod tests {
         let pairs = environment(&process, Some("/root".into()));
         let text: Vec<_> = pairs.iter().map(|(name, value)| format!("{name}={value}")).collect();
         assert_eq!(text, ["B=3", "A=2", "EMPTY=", "HOME=/root"]);
+    }
+
+    #[test]
+    fn a_null_device_that_cannot_be_written_is_found() {
+        let open = |path: &str, write: bool| OpenOptions::new().read(true).write(write).open(path).unwrap();
+        assert!(is_read_only_null(open("/dev/null", false).as_fd()));
+        assert!(!is_read_only_null(open("/dev/null", true).as_fd()));
+        assert!(!is_read_only_null(open("/dev/zero", false).as_fd()));
     }
 
     #[test]

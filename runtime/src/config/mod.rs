@@ -12,7 +12,7 @@ use serde_json::Value;
 
 pub use honoured::{Unhonoured, unhonoured};
 
-use crate::host::system_message;
+use crate::host::{self, system_message};
 
 /// Why a bundle cannot be run.
 #[derive(Debug, thiserror::Error)]
@@ -66,6 +66,14 @@ pub enum ConfigError {
         /// What the system said.
         reason: String,
     },
+    /// The root file system is not this user's to use.
+    #[error("invalid rootfs: open {path}: {reason}")]
+    RootfsAccess {
+        /// Where it is.
+        path: PathBuf,
+        /// What the system said.
+        reason: String,
+    },
 }
 
 /// A bundle whose configuration can be run.
@@ -105,6 +113,8 @@ impl Bundle {
         if !fs::metadata(&rootfs).map_err(missing)?.is_dir() {
             return Err(missing(io::Error::from_raw_os_error(libc::ENOTDIR)));
         }
+        host::may_use_directory(&rootfs)
+            .map_err(|error| ConfigError::RootfsAccess { path: rootfs.clone(), reason: system_message(&error) })?;
         Ok(Self { path, unhonoured: unhonoured(&value), rootfs, spec })
     }
 }

@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use rustix::fs::{FileType, Mode, OFlags, fstat, major, minor};
+use rustix::fs::{Access, AtFlags, CWD, FileType, Mode, OFlags, accessat, fstat, major, minor};
 
 /// What a path leads to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,6 +68,15 @@ pub fn scratch_file() -> io::Result<std::fs::File> {
     Ok(rustix::fs::memfd_create("katavm", rustix::fs::MemfdFlags::CLOEXEC)?.into())
 }
 
+/// Whether this user may list and pass through a directory (access(2) with the effective ids).
+///
+/// # Errors
+/// Those of access(2).
+pub fn may_use_directory(path: &Path) -> io::Result<()> {
+    let wanted = Access::READ_OK | Access::EXEC_OK;
+    Ok(accessat(CWD, path, wanted, AtFlags::EACCESS)?)
+}
+
 /// An error of the system as container runtimes word it: `no such file or directory`.
 #[must_use]
 pub fn system_message(error: &io::Error) -> String {
@@ -99,6 +108,13 @@ mod tests {
         nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
         assert_eq!(kind(&fifo), FileKind::Fifo);
         assert_eq!(kind(Path::new("/dev/null")), FileKind::CharacterDevice(1, 3));
+    }
+
+    #[test]
+    fn a_directory_is_used_by_who_may() {
+        let dir = tempfile::tempdir().unwrap();
+        may_use_directory(dir.path()).unwrap();
+        assert_eq!(may_use_directory(&dir.path().join("no")).unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 
     #[test]

@@ -10,7 +10,7 @@ mod namespaces;
 mod processes;
 
 pub use cgroup::Cgroup;
-pub use files::{FileKind, open_shared, scratch_file, system_message};
+pub use files::{FileKind, may_use_directory, open_shared, scratch_file, system_message};
 pub use limits::raise_open_files;
 pub use mounts::{attach_inside, change_root, clone_tree, make_read_only, new_proc, receive_mounts_only};
 pub use namespaces::{

@@ -2,7 +2,12 @@
 
 use std::env;
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::fmt;
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
+
+use crate::host::system_message;
 
 /// Why there is nothing to boot.
 #[derive(Debug, thiserror::Error)]
@@ -13,19 +18,35 @@ pub enum ImageError {
          folder in KATAVM_GUEST_IMAGE, or give --kernel and --initrd",
         list(.0)
     )]
-    NotFound(Vec<PathBuf>),
-    /// A file that was named is not there.
-    #[error("{option} {path}: no such file")]
-    Missing {
-        /// The option or variable that named it.
+    NotFound(Vec<Looked>),
+    /// A file that was named is not there, or out of reach.
+    #[error("{option} {path}: {reason}")]
+    Named {
+        /// The option that named it.
         option: &'static str,
         /// The file.
         path: PathBuf,
+        /// What the system said.
+        reason: String,
     },
 }
 
-fn list(paths: &[PathBuf]) -> String {
-    paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
+/// A folder that has no guest image, or none that this user can reach.
+#[derive(Debug)]
+pub struct Looked {
+    folder: PathBuf,
+    error: io::Error,
+}
+
+impl fmt::Display for Looked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.folder.display())?;
+        if self.error.kind() == ErrorKind::NotFound { Ok(()) } else { write!(f, " ({})", system_message(&self.error)) }
+    }
+}
+
+fn list(folders: &[Looked]) -> String {
+    folders.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
 /// What the guest boots.
@@ -53,20 +74,31 @@ impl GuestImage {
         folders: Vec<PathBuf>,
     ) -> Result<Self, ImageError> {
         for (option, path) in [("--kernel", &kernel), ("--initrd", &initramfs)] {
-            if let Some(path) = path.as_ref().filter(|path| !path.exists()) {
-                return Err(ImageError::Missing { option, path: path.clone() });
+            if let Some(path) = path {
+                let reason = |error| system_message(&error);
+                reach(path).map_err(|error| ImageError::Named { option, path: path.clone(), reason: reason(error) })?;
             }
         }
         if let (Some(kernel), Some(initramfs)) = (&kernel, &initramfs) {
             return Ok(Self { kernel: kernel.clone(), initramfs: initramfs.clone() });
         }
-        let images = folders.iter().map(|dir| (dir.join("vmlinux"), dir.join("initramfs")));
-        let mut whole = images.filter(|(kernel, initramfs)| kernel.exists() && initramfs.exists());
-        let Some((default_kernel, default_initramfs)) = whole.next() else {
-            return Err(ImageError::NotFound(folders));
-        };
-        Ok(Self { kernel: kernel.unwrap_or(default_kernel), initramfs: initramfs.unwrap_or(default_initramfs) })
+        let mut without = Vec::new();
+        for folder in folders {
+            let (default_kernel, default_initramfs) = (folder.join("vmlinux"), folder.join("initramfs"));
+            match reach(&default_kernel).and_then(|()| reach(&default_initramfs)) {
+                Ok(()) => {
+                    let kernel = kernel.unwrap_or(default_kernel);
+                    return Ok(Self { kernel, initramfs: initramfs.unwrap_or(default_initramfs) });
+                }
+                Err(error) => without.push(Looked { folder, error }),
+            }
+        }
+        Err(ImageError::NotFound(without))
     }
+}
+
+fn reach(path: &Path) -> io::Result<()> {
+    fs::metadata(path).map(drop)
 }
 
 fn folders(variable: impl Fn(&str) -> Option<OsString>) -> Vec<PathBuf> {
@@ -85,8 +117,6 @@ fn folders(variable: impl Fn(&str) -> Option<OsString>) -> Vec<PathBuf> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
     use super::*;
 
     #[test]
@@ -99,6 +129,17 @@ mod tests {
         assert_eq!(folders(named), [PathBuf::from("/KATAVM_GUEST_IMAGE")]);
         let cached = |name: &str| (name == "KATAVM_CACHE").then(|| "/c".into());
         assert_eq!(folders(cached)[1], PathBuf::from("/c/guest-image/current"));
+    }
+
+    #[test]
+    fn a_folder_out_of_reach_says_why() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        fs::write(&file, "").unwrap();
+        let (none, within) = (dir.path().join("none"), file.join("within"));
+        let error = GuestImage::find_among(None, None, vec![none.clone(), within.clone()]).unwrap_err().to_string();
+        let folders = format!("in {}, {} (not a directory). Build one", none.display(), within.display());
+        assert!(error.contains(&folders), "{error}");
     }
 
     #[test]
@@ -117,7 +158,8 @@ mod tests {
         let image = GuestImage { kernel: full.join("vmlinux"), initramfs: full.join("initramfs") };
         assert_eq!(find(None).unwrap(), image);
         let own = dir.path().join("own");
-        assert!(find(Some(own.clone())).unwrap_err().starts_with("--kernel /"));
+        let missing = find(Some(own.clone())).unwrap_err();
+        assert!(missing.starts_with("--kernel /") && missing.ends_with("/own: no such file or directory"), "{missing}");
         fs::write(&own, "").unwrap();
         assert_eq!(find(Some(own.clone())).unwrap(), GuestImage { kernel: own, ..image });
     }

@@ -39,6 +39,14 @@ pub enum StateError {
         "the state directory {0} belongs to somebody else or may be written by others: give another one with --root"
     )]
     Unsafe(PathBuf),
+    /// There is none, and none can be made.
+    #[error("cannot make the state directory {path}: {reason}; give another one with --root")]
+    Root {
+        /// The directory, or one above it.
+        path: PathBuf,
+        /// What the system said.
+        reason: String,
+    },
     /// The system refused.
     #[error("cannot {what} {path}: {error}")]
     Io {

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use rustix::process::geteuid;
 
 use super::{StateError, failed};
+use crate::host::system_message;
 
 /// `/run/katavm` for root, `$XDG_RUNTIME_DIR/katavm` for others, `/tmp/katavm-UID` where that is not set.
 #[must_use]
@@ -26,13 +27,17 @@ fn choose(uid: u32, runtime_dir: Option<PathBuf>) -> PathBuf {
 
 /// Makes the root where it is missing, and refuses one in which others could plant files.
 pub fn make(path: &Path) -> Result<(), StateError> {
+    let not_made = |path: &Path| {
+        let path = path.to_owned();
+        move |error: io::Error| StateError::Root { path, reason: system_message(&error) }
+    };
     if let Some(parent) = path.parent() {
-        fs::create_dir_all(parent).map_err(failed("make", parent))?;
+        fs::create_dir_all(parent).map_err(not_made(parent))?;
     }
     match DirBuilder::new().mode(0o700).create(path) {
         Ok(()) => {}
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-        Err(error) => return Err(failed("make", path)(error)),
+        Err(error) => return Err(not_made(path)(error)),
     }
     let metadata = path.symlink_metadata().map_err(failed("look at", path))?;
     let ours = metadata.is_dir() && metadata.uid() == geteuid().as_raw() && metadata.mode() & 0o022 == 0;

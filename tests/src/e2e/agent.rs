@@ -22,14 +22,37 @@ pub const CASES: (&str, &[Row]) = (
     ],
 );
 
-/// A root file system of busybox.
+const APPLETS: [&str; 17] = [
+    "sh",
+    "uname",
+    "echo",
+    "cat",
+    "head",
+    "ls",
+    "id",
+    "chown",
+    "mkdir",
+    "stat",
+    "sha256sum",
+    "true",
+    "sleep",
+    "kill",
+    "stty",
+    "vi",
+    "yes",
+];
+
+/// The case's root file system of busybox.
 pub(super) fn rootfs(context: &Context) -> Result<PathBuf> {
     let root = context.scratch().join("rootfs");
+    if root.exists() {
+        return Ok(root);
+    }
     for folder in ["bin", "dev", "proc", "sys", "tmp", "etc"] {
         fs::create_dir_all(root.join(folder))?;
     }
     fs::copy("/bin/busybox", root.join("bin/busybox")).context("the lab needs busybox-static")?;
-    for applet in ["sh", "uname", "echo", "cat", "head", "ls", "id", "chown", "mkdir", "stat", "sha256sum"] {
+    for applet in APPLETS {
         symlink("busybox", root.join("bin").join(applet))?;
     }
     Ok(root)

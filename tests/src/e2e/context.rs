@@ -4,26 +4,51 @@ use std::cell::RefCell;
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use anyhow::{Context as _, Result};
 use katavm_guest_image::support::cache;
 use tempfile::TempDir;
 
+use super::run::Shell;
+
+/// What the cases of one group share; it goes with the last of them.
+#[derive(Default)]
+pub struct Group {
+    /// A shell in a guest, started by the first case that wants it.
+    pub shell: RefCell<Option<Shell>>,
+}
+
 /// The surroundings of one case. Everything in the scratch folder goes when the case ends.
 pub struct Context {
     name: String,
+    group: Rc<Group>,
     scratch: TempDir,
     notes: RefCell<Vec<(String, Vec<u8>)>>,
 }
 
 impl Context {
-    /// Surroundings for the case `name`.
+    /// Surroundings for the case `name`, which shares nothing.
     ///
     /// # Errors
     /// When no scratch folder can be made.
     pub fn new(name: &str) -> Result<Self> {
+        Self::in_group(name, Rc::default())
+    }
+
+    /// Surroundings for the case `name` in a group.
+    ///
+    /// # Errors
+    /// When no scratch folder can be made.
+    pub fn in_group(name: &str, group: Rc<Group>) -> Result<Self> {
         let scratch = TempDir::with_prefix("katavm-e2e-").context("cannot make a scratch folder")?;
-        Ok(Self { name: name.replace("::", "-"), scratch, notes: RefCell::default() })
+        Ok(Self { name: name.replace("::", "-"), group, scratch, notes: RefCell::default() })
+    }
+
+    /// What it shares with the other cases of its group.
+    #[must_use]
+    pub fn group(&self) -> &Group {
+        &self.group
     }
 
     /// The scratch folder.

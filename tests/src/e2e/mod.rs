@@ -47,18 +47,10 @@ pub struct Case {
 /// All cases in the order in which they run; `long` ones as well, if they are wanted.
 #[must_use]
 pub fn cases(long: bool) -> Vec<Case> {
-    let usual: &[Table] = &[
-        boot::CASES,
-        agent::CASES,
-        run::CASES,
-        snapshot::CASES,
-        failing::CASES,
-        hostile::CASES,
-        survive::CASES,
-        user::CASES,
-    ];
-    let long: &[Table] = if long { &[failing::LONG, hostile::LONG, survive::LONG] } else { &[] };
-    let tables = usual.iter().chain(long);
+    let first: &[Table] = &[boot::CASES, agent::CASES, snapshot::CASES];
+    let last: &[Table] = &[failing::CASES, hostile::CASES, survive::CASES, user::CASES];
+    let long: &[Table] = if long { &[failing::LONG, hostile::LONG, survive::LONG, run::LONG_TABLES[0]] } else { &[] };
+    let tables = first.iter().chain(long).chain(&run::TABLES).chain(last);
     let cases = tables.flat_map(|(group, rows)| rows.iter().map(move |(name, check)| (group, name, check)));
     cases.map(|(group, name, check)| Case { group, name, check: *check }).collect()
 }

@@ -2,10 +2,12 @@
 
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::rc::Rc;
 use std::time::Instant;
 
 use anyhow::{Result, anyhow};
 
+use super::context::Group;
 use super::{Case, Context, Verdict};
 
 /// Runs the cases whose `group::name` contains one of `filters` (all, if there are none); true if none failed.
@@ -14,12 +16,16 @@ use super::{Case, Context, Verdict};
 /// When the suite itself cannot be set up or print.
 pub fn run(cases: &[Case], filters: &[String], out: &mut impl Write) -> Result<bool> {
     let (mut passed, mut failed, mut skipped) = (0, Vec::new(), 0);
+    let mut group = ("", Rc::default());
     for case in cases {
         let name = format!("{}::{}", case.group, case.name);
         if !filters.is_empty() && !filters.iter().any(|filter| name.contains(filter)) {
             continue;
         }
-        let context = Context::new(&name)?;
+        if group.0 != case.group {
+            group = (case.group, Rc::new(Group::default()));
+        }
+        let context = Context::in_group(&name, Rc::clone(&group.1))?;
         let start = Instant::now();
         let verdict = catch_unwind(AssertUnwindSafe(|| (case.check)(&context)))
             .unwrap_or_else(|panic| Err(anyhow!("panicked: {}", panic_text(&panic))));

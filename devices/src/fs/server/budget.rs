@@ -19,7 +19,7 @@ impl Budget {
     /// Keeps `fd` unless the process comes too close to its limit (RLIMIT_NOFILE).
     ///
     /// # Errors
-    /// ENFILE; the guest then forgets what it can do without, and asks again.
+    /// ENFILE, which the guest's programs get as well ("Too many open files in system").
     pub fn admit(&self, fd: OwnedFd) -> Result<OwnedFd, Errno> {
         let number = u64::from(fd.as_raw_fd().unsigned_abs());
         if number < self.usable.load(Ordering::Relaxed) {
