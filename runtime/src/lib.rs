@@ -4,6 +4,7 @@ pub mod cli;
 pub mod config;
 pub mod container;
 pub mod host;
+pub mod network;
 pub mod process;
 pub mod sandbox;
 pub mod state;

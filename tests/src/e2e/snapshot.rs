@@ -74,7 +74,7 @@ fn rebuild(context: &Context, guest: Guest, exports: &[(&str, &std::path::Path)]
                 builder.fs(fs)
             }
             DeviceState::Rng(saved) => builder.rng(Rng::restore(saved)?),
-            DeviceState::Block(_) => anyhow::bail!("this guest has no disk"),
+            DeviceState::Block(_) | DeviceState::Net(_) => anyhow::bail!("this guest has no such device"),
         };
     }
     let vm = builder.build_from(&state, &File::open(&path)?)?;
