@@ -53,7 +53,7 @@ pub fn run(global: &Global, options: Run, mut timings: Timings) -> anyhow::Resul
     probe::ensure(&root)?;
     let console = options.console.then(|| std::os::fd::AsFd::as_fd(&std::io::stderr()).try_clone_to_owned());
     let console = console.transpose().context("cannot duplicate standard error")?;
-    let boot = Boot { image, size: plan.size, share: share::open(&plan.exports)?, console };
+    let boot = Boot { image, size: plan.size, share: share::open(&plan.exports)?, nets: Vec::new(), console };
     let started = vm::boot(boot)?;
     let job = Job {
         id: id.to_string(),

@@ -119,6 +119,10 @@ fn address(message: &AddressMessage) -> Option<Address> {
         }
     }
     let ip = here.or(there)?;
+    // What routers announced: the guest hears of it as well.
+    if ip.is_ipv6() && !flags.contains(AddressFlags::Permanent) {
+        return None;
+    }
     let peer = there.filter(|peer| *peer != ip);
     Some(Address {
         ip,

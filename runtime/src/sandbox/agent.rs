@@ -5,8 +5,8 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use katavm_protocol::agent::{
-    CheckRequest, ContainerRequest, CreateContainerRequest, CreateSandboxRequest, Empty, Exit, ProcessRequest,
-    ResizeTerminalRequest, SignalRequest,
+    CheckRequest, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, CreateSandboxRequest, Empty, Exit,
+    ProcessRequest, ResizeTerminalRequest, SignalRequest,
 };
 use katavm_protocol::agent_ttrpc::AgentClient;
 use ttrpc::r#async::Client;
@@ -74,6 +74,15 @@ impl Agent {
     /// Any [`AgentError`].
     pub async fn create_sandbox(&self, request: &CreateSandboxRequest) -> Result<(), AgentError> {
         self.client.create_sandbox(with_duration(PATIENCE), request).await?;
+        Ok(())
+    }
+
+    /// Configures the guest's network: [`Scan::request`](crate::network::Scan::request).
+    ///
+    /// # Errors
+    /// Any [`AgentError`].
+    pub async fn configure_network(&self, request: &ConfigureNetworkRequest) -> Result<(), AgentError> {
+        self.client.configure_network(with_duration(PATIENCE), request).await?;
         Ok(())
     }
 
