@@ -135,20 +135,24 @@ fn set_addresses(netlink: &mut Netlink, index: u32, interface: &Interface) -> Re
     let mut wanted = Vec::with_capacity(interface.addresses.len());
     for address in &interface.addresses {
         let ip = ip(&address.ip)?.ok_or_else(|| Error::Invalid("an address without an address".into()))?;
-        let message = message(index, ip, address)?;
-        wanted.push((ip, message.header.prefix_len));
-        netlink
-            .put(RouteNetlinkMessage::NewAddress(message))
-            .map_err(|error| Error::io(format_args!("cannot give {name} the address {ip}"), error))?;
+        wanted.push((ip, message(index, ip, address)?));
     }
+    // First of all, because with an address the others of its network go as well (promote_secondaries).
     for (ip, message) in addresses(netlink, index)
         .map_err(|error| Error::io(format_args!("cannot list the addresses of {name}"), error))?
     {
-        if !wanted.contains(&(ip, message.header.prefix_len)) && !is_kernels(&message) {
+        let prefix = message.header.prefix_len;
+        let stays = wanted.iter().any(|(own, wanted)| (*own, wanted.header.prefix_len) == (ip, prefix));
+        if !stays && !is_kernels(&message) {
             netlink
                 .change(RouteNetlinkMessage::DelAddress(message))
                 .map_err(|error| Error::io(format_args!("cannot take the address {ip} off {name}"), error))?;
         }
+    }
+    for (ip, message) in wanted {
+        netlink
+            .put(RouteNetlinkMessage::NewAddress(message))
+            .map_err(|error| Error::io(format_args!("cannot give {name} the address {ip}"), error))?;
     }
     Ok(())
 }

@@ -7,6 +7,7 @@ mod agent;
 mod boot;
 mod context;
 mod guest;
+mod network;
 mod report;
 mod run;
 mod snapshot;
@@ -39,7 +40,7 @@ pub struct Case {
 #[must_use]
 pub fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
-    for (group, rows) in [boot::CASES, agent::CASES, run::CASES, snapshot::CASES] {
+    for (group, rows) in [boot::CASES, agent::CASES, run::CASES, network::CASES, snapshot::CASES] {
         cases.extend(rows.iter().map(|(name, check)| Case { group, name, check: *check }));
     }
     cases

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 
 use anyhow::{Context as _, Result, ensure};
 use katavm_devices::fs::{ExportOptions, Fs};
+use katavm_devices::net::Net;
 use katavm_devices::rng::Rng;
 use katavm_devices::vsock::Vsock;
 use katavm_vmm::snapshot::{DeviceState, MicrovmState};
@@ -44,8 +45,9 @@ fn rebuilt(context: &Context) -> Result<Verdict> {
     Ok(Verdict::Passed)
 }
 
-/// Serialises the guest, drops it, and builds another from nothing but bytes, a memory file, and its streams.
-fn rebuild(context: &Context, guest: Guest, exports: &[(&str, &std::path::Path)]) -> Result<Guest> {
+/// Serialises the guest, drops it, and builds another from nothing but bytes, a memory file, and its streams. Network
+/// interfaces are without their taps then.
+pub(super) fn rebuild(context: &Context, guest: Guest, exports: &[(&str, &std::path::Path)]) -> Result<Guest> {
     guest.vm.pause()?;
     let bytes = postcard::to_stdvec(&guest.vm.save()?)?;
     let path = context.scratch().join("memory");
@@ -74,7 +76,8 @@ fn rebuild(context: &Context, guest: Guest, exports: &[(&str, &std::path::Path)]
                 builder.fs(fs)
             }
             DeviceState::Rng(saved) => builder.rng(Rng::restore(saved)?),
-            DeviceState::Block(_) | DeviceState::Net(_) => anyhow::bail!("this guest has no such device"),
+            DeviceState::Net(saved) => builder.net(Net::restore(saved)?),
+            DeviceState::Block(_) => anyhow::bail!("this guest has no disk"),
         };
     }
     let vm = builder.build_from(&state, &File::open(&path)?)?;
