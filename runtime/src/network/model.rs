@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr};
 /// What a guest is to have of a network namespace.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Scan {
-    /// All interfaces but the loopback, by their index.
+    /// All interfaces but the loopback and the taps of plugged ones, by their index.
     pub interfaces: Vec<Interface>,
     /// What the kernel does not make of addresses by itself, of all tables; each after those that it needs.
     pub routes: Vec<Route>,

@@ -16,8 +16,8 @@ use crate::host::make_tap;
 
 /// The largest MTU that a tap takes.
 const TAP_MTU_MAX: u32 = 65535 - 14;
-/// What taps are called.
-const TAP_NAME: &str = "katavm%d";
+/// What taps are called, before a number.
+pub const TAP_PREFIX: &str = "katavm";
 /// Our filters' priority, by which they are found again.
 const PRIORITY: u16 = 0x63;
 /// ETH_P_ALL as filters have it.
@@ -58,7 +58,7 @@ pub fn plug(netns: impl AsFd, interface: &Interface) -> Result<Plugged, NetworkE
     let netns = netns.as_fd().try_clone_to_owned().map_err(NetworkError::Enter)?;
     let (tap, redirection) = converse(&netns, async |handle| {
         // Closing it on the way out takes it away again, with all that is on it.
-        let (tap, tap_name) = make_tap(TAP_NAME).map_err(NetworkError::Tap)?;
+        let (tap, tap_name) = make_tap(&format!("{TAP_PREFIX}%d")).map_err(NetworkError::Tap)?;
         let tap_index = index_of(&handle, &tap_name).await?;
         let up = LinkUnspec::new_with_index(tap_index).mtu(interface.mtu.min(TAP_MTU_MAX)).up().build();
         handle.link().set(up).execute().await.map_err(failed(format!("set up {tap_name}")))?;

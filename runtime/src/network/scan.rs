@@ -17,6 +17,7 @@ use rtnetlink::{Handle, RouteMessageBuilder};
 use super::NetworkError;
 use super::model::{Address, Hop, Interface, Neighbour, Route, Scan};
 use super::netlink::{converse, failed};
+use super::plug::TAP_PREFIX;
 use crate::host::network_setting;
 
 /// RT_TABLE_LOCAL: the kernel's own.
@@ -42,7 +43,7 @@ async fn read(handle: &Handle) -> Result<Scan, NetworkError> {
     let links = handle.link().get().execute().try_collect::<Vec<_>>().await.map_err(failed("list the interfaces"))?;
     let addresses =
         handle.address().get().execute().try_collect::<Vec<_>>().await.map_err(failed("list the addresses"))?;
-    let mut interfaces: Vec<Interface> = links.iter().filter_map(interface).collect();
+    let mut interfaces: Vec<Interface> = links.iter().filter_map(interface).filter(|found| !is_ours(found)).collect();
     interfaces.sort_by_key(|interface| interface.index);
     for interface in &mut interfaces {
         let own = addresses.iter().filter(|message| message.header.index == interface.index);
@@ -103,6 +104,11 @@ fn interface(message: &LinkMessage) -> Option<Interface> {
     // A kernel without IPv6 has no such setting.
     interface.ipv6 = disabled.is_ok_and(|value| value == "0");
     Some(interface)
+}
+
+/// A tap that [`plug`](super::plug) made.
+fn is_ours(interface: &Interface) -> bool {
+    interface.kind == "tun" && interface.name.starts_with(TAP_PREFIX)
 }
 
 fn address(message: &AddressMessage) -> Option<Address> {
