@@ -26,9 +26,21 @@ const PLACE: &str = "/run/netns/katavm-e2e";
 /// What goes over TCP, each way.
 const BYTES: usize = 10 << 20;
 
+fn said_outside(line: &str) -> Result<String> {
+    let done = Command::new("sh").args(["-c", line]).output()?;
+    ensure!(done.status.success(), "{line}: {}", String::from_utf8_lossy(&done.stderr));
+    Ok(String::from_utf8(done.stdout)?)
+}
+
 fn ip(line: &str) -> Result<()> {
-    let done = Command::new("ip").args(line.split_whitespace()).output().context("the lab needs iproute2")?;
-    ensure!(done.status.success(), "ip {line}: {}", String::from_utf8_lossy(&done.stderr));
+    said_outside(&format!("ip {line}")).map(drop)
+}
+
+/// Waits for something to happen in a namespace.
+fn news(watch: &Watch) -> Result<()> {
+    let mut fds = [PollFd::new(watch, PollFlags::IN)];
+    ensure!(poll(&mut fds, Some(&Timespec { tv_sec: 120, tv_nsec: 0 }))? == 1, "no news of the namespace");
+    ensure!(watch.take_news()?, "no news of the namespace");
     Ok(())
 }
 
@@ -61,6 +73,11 @@ impl Namespace {
         ] {
             ip(line)?;
         }
+        // The kernel tells of the carrier in its own time.
+        let watch = Watch::new(&self.fd)?;
+        while !said_outside("ip -n katavm-e2e -o link show eth0")?.contains("state UP") {
+            news(&watch)?;
+        }
         Ok(())
     }
 
@@ -74,10 +91,9 @@ impl Namespace {
     fn state(&self) -> Result<String> {
         let mut state = String::new();
         for line in ["ip -o link", "ip -o addr", "tc qdisc", "ip route show table all"] {
-            let script = format!("exec ip netns exec katavm-e2e {line}");
-            let done = Command::new("sh").args(["-c", &script]).output()?;
-            ensure!(done.status.success(), "{line}: {}", String::from_utf8_lossy(&done.stderr));
-            state.push_str(&String::from_utf8_lossy(&done.stdout));
+            let text = said_outside(&format!("ip netns exec katavm-e2e {line}"))?;
+            // Link-local addresses are given by the kernel, in its own time.
+            state.extend(text.lines().filter(|line| !line.contains("fe80:")).map(|line| format!("{line}\n")));
         }
         Ok(state)
     }
@@ -211,10 +227,20 @@ fn whole_network(context: &Context) -> Result<Verdict> {
         says(&text, &[&sum])?;
         ensure!(finished(receiver)? == sent, "other bytes came back over {here}");
     }
+    let counters = said(&guest, "c4", &root, "grep eth0: /proc/net/dev")?;
+    context.note("counters", counters.clone());
+    let numbers: Vec<u64> = counters.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+    let [rx_bytes, rx_packets, .., tx_bytes, tx_packets, _, _, _, _, _, _] = numbers[..] else {
+        anyhow::bail!("no counters: {counters}")
+    };
+    ensure!(
+        rx_bytes / rx_packets > 2 * 1400 && tx_bytes / tx_packets > 2 * 1400,
+        "TCP was cut by its sender: {counters}"
+    );
 
     // A guest that goes on elsewhere finds its network when it gets its tap.
     let exports: Vec<(String, PathBuf)> =
-        ["c1", "c2", "t0", "t1"].iter().map(|id| ((*id).to_owned(), root.clone())).collect();
+        ["c1", "c2", "t0", "t1", "c4"].iter().map(|id| ((*id).to_owned(), root.clone())).collect();
     let exports: Vec<(&str, &Path)> = exports.iter().map(|(id, root)| (&**id, &**root)).collect();
     let guest = rebuild(context, guest, &exports)?;
     guest.vm.attach_net(0, plugged.tap()?)?;
@@ -242,9 +268,7 @@ fn late(context: &Context) -> Result<Verdict> {
     let watch = Watch::new(&namespace.fd)?;
     ensure!(Scan::of(&namespace.fd)?.interfaces.is_empty(), "the namespace is not empty");
     namespace.connect()?;
-    let mut fds = [PollFd::new(&watch, PollFlags::IN)];
-    ensure!(poll(&mut fds, Some(&Timespec { tv_sec: 60, tv_nsec: 0 }))? == 1, "no news of the namespace");
-    ensure!(watch.take_news()?, "no news of the namespace");
+    news(&watch)?;
     let (scan, eth0) = namespace.scan()?;
     let plugged = plug(&namespace.fd, &eth0)?;
     guest.vm.attach_net(0, plugged.tap()?)?;
