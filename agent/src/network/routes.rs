@@ -12,7 +12,7 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::interfaces::Numbers;
 use super::netlink::Netlink;
-use super::{byte, ip};
+use super::{byte, family, ip};
 use crate::error::Error;
 
 fn number(interfaces: &Numbers, name: &str) -> Result<u32, Error> {
@@ -31,11 +31,7 @@ pub fn add_route(netlink: &mut Netlink, interfaces: &Numbers, route: &Route) -> 
 
 fn message(interfaces: &Numbers, route: &Route) -> Result<RouteMessage, Error> {
     let mut message = RouteMessage::default();
-    message.header.address_family = match route.ip_version {
-        4 => AddressFamily::Inet,
-        6 => AddressFamily::Inet6,
-        other => return Err(Error::Invalid(format!("there is no IP version {other}"))),
-    };
+    message.header.address_family = family(route.ip_version)?;
     message.header.destination_prefix_length = byte("the prefix length", route.prefix)?;
     message.header.table = u8::try_from(route.table).unwrap_or(RouteHeader::RT_TABLE_UNSPEC);
     message.header.kind = byte("the kind of route", route.kind)?.into();
