@@ -10,6 +10,7 @@ pub mod error;
 pub mod events;
 pub mod helper;
 pub mod log;
+pub mod network;
 pub mod reaper;
 pub mod sandbox;
 pub mod server;

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use katavm_protocol::agent::{
-    CheckRequest, CheckResponse, ContainerRequest, CreateContainerRequest, CreateExecRequest, CreateSandboxRequest,
-    Empty, Event, ListProcessesResponse, ProcessRequest, ProcessResponse, ResizeTerminalRequest, SignalRequest,
-    StatsResponse, UpdateContainerRequest, WaitResponse,
+    CheckRequest, CheckResponse, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, CreateExecRequest,
+    CreateSandboxRequest, Empty, Event, ListProcessesResponse, ProcessRequest, ProcessResponse, ResizeTerminalRequest,
+    SignalRequest, StatsResponse, UpdateContainerRequest, WaitResponse,
 };
 use katavm_protocol::agent_ttrpc::Agent;
 use katavm_protocol::reset::RESET_ORDERLY;
@@ -18,6 +18,7 @@ use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 use crate::cgroup::stats;
 use crate::container::{Containers, processes};
 use crate::error::Error;
+use crate::network;
 use crate::sandbox;
 use crate::server::kernel_release;
 
@@ -60,6 +61,12 @@ impl Agent for Service {
 
     async fn create_sandbox(&self, _: &TtrpcContext, request: CreateSandboxRequest) -> Result<Empty> {
         let done = tokio::task::spawn_blocking(move || sandbox::create(&request)).await;
+        done.map_err(|error| Error::Internal(error.to_string()))??;
+        Ok(Empty::new())
+    }
+
+    async fn configure_network(&self, _: &TtrpcContext, request: ConfigureNetworkRequest) -> Result<Empty> {
+        let done = tokio::task::spawn_blocking(move || network::configure(&request)).await;
         done.map_err(|error| Error::Internal(error.to_string()))??;
         Ok(Empty::new())
     }

@@ -8,6 +8,7 @@ pub mod block;
 pub mod fs;
 pub mod legacy;
 pub mod memory;
+pub mod net;
 pub mod rng;
 pub mod virtio;
 pub mod vsock;

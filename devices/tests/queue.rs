@@ -87,6 +87,76 @@ fn a_chain_that_was_put_back_comes_again() {
 }
 
 #[test]
+fn all_that_is_in_flight_can_be_put_back() {
+    let (mut driver, mut queue) = Driver::new();
+    for head in [4, 2, 9] {
+        driver.describe(head, writable(0x10000, 8));
+        driver.offer(head);
+        queue.pop().unwrap().unwrap();
+    }
+    queue.add_used(4, 0).unwrap();
+    queue.put_back();
+    assert!(queue.save().in_flight.is_empty());
+    let heads = [queue.pop(), queue.pop()].map(|chain| chain.unwrap().unwrap().head());
+    assert_eq!((heads, queue.pop().unwrap().is_none()), ([2, 9], true));
+}
+
+#[test]
+fn chains_that_belong_together_appear_together() {
+    let (mut driver, mut queue) = Driver::new();
+    // Over the end of the ring as well.
+    let mut index = 0u16;
+    for _ in 0..10 {
+        for head in [4, 2, 9] {
+            driver.describe(head, writable(0x10000, 8));
+            driver.offer(head);
+            queue.pop().unwrap().unwrap();
+        }
+        let seen = driver.memory.read_obj::<u16>(GuestAddress(USED + 2)).unwrap();
+        assert_eq!(seen, index);
+        queue.add_used_together(&[(4, 100), (2, 200), (9, 7)]).unwrap();
+        for (head, len) in [(4u32, 100u32), (2, 200), (9, 7)] {
+            let entry = USED + 4 + 8 * u64::from(index % SIZE);
+            assert_eq!(driver.memory.read_obj::<[u32; 2]>(GuestAddress(entry)).unwrap(), [head, len]);
+            index += 1;
+        }
+        assert_eq!(driver.memory.read_obj::<u16>(GuestAddress(USED + 2)).unwrap(), index);
+    }
+    assert!(queue.add_used_together(&[(4, 1)]).is_err(), "it was given back already");
+}
+
+#[test]
+fn an_interrupt_is_due_when_the_awaited_entry_is_among_those_given() {
+    let (mut driver, queue) = Driver::new();
+    let mut state = queue.save();
+    state.event_idx = true;
+    let mut queue = VirtQueue::restore(&state, driver.memory.clone()).unwrap();
+    let mut give = |count: u16, event: u16| {
+        let used_event = AVAIL + 4 + 2 * u64::from(SIZE);
+        driver.memory.write_obj(event, GuestAddress(used_event)).unwrap();
+        let chains: Vec<(u16, u32)> = (0..count)
+            .map(|head| {
+                driver.describe(head, writable(0x10000, 8));
+                driver.offer(head);
+                (queue.pop().unwrap().unwrap().head(), 8)
+            })
+            .collect();
+        if !chains.is_empty() {
+            queue.add_used_together(&chains).unwrap();
+        }
+        queue.needs_notification().unwrap()
+    };
+    // Entries 0 to 4, then 5 to 7, and so on.
+    assert!(give(5, 0));
+    assert!(give(3, 7));
+    assert!(!give(2, 10));
+    assert!(give(2, 10), "10 is the first of two");
+    assert!(!give(3, 11), "11 was there before");
+    assert!(!give(0, 14), "nothing was given");
+    assert!(!give(1, 20));
+}
+
+#[test]
 fn what_is_in_flight_survives_a_snapshot() {
     let (mut driver, mut queue) = Driver::new();
     for head in [4, 2, 9] {

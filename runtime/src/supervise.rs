@@ -102,7 +102,7 @@ pub fn supervise(launch: &Launch, outside: Outside, mode: Mode, timings: &mut Ti
             false
         }
     };
-    let outcome = boot(launch).map_err(anyhow::Error::from).and_then(|started| {
+    let outcome = boot(launch).and_then(|started| {
         let work = Work { launch, foreground, report: &mut report, timings };
         work.run(started, outside)
     });
@@ -117,7 +117,7 @@ fn boot(launch: &Launch) -> anyhow::Result<Started> {
     let console = launch.console.then(|| io::stderr().as_fd().try_clone_to_owned());
     let console = console.transpose().context("cannot duplicate standard error")?;
     let share = share::open(&launch.plan.exports)?;
-    Ok(vm::boot(Boot { image: launch.image.clone(), size: launch.plan.size, share, console })?)
+    Ok(vm::boot(Boot { image: launch.image.clone(), size: launch.plan.size, share, nets: Vec::new(), console })?)
 }
 
 struct Work<'a> {
@@ -137,9 +137,10 @@ impl Work<'_> {
             let machine = Arc::clone(&vm);
             let sandbox = Arc::new(Sandbox::new(machine, Arc::new(host))?);
             let mut pod = None;
+            let exits = || vm.exits();
             let outcome = tokio::select! {
                 ended = sandbox.ended() => Err(ended.into()),
-                outcome = self.contain(&sandbox, ready, outside, &mut pod, &|| vm.exits()) => outcome,
+                outcome = self.contain(&sandbox, ready, outside, &mut pod, &exits) => outcome,
             };
             let outcome = match outcome {
                 Err(PodError::Sandbox(error)) => Err(sandbox.explain(error).await.into()),

@@ -11,9 +11,10 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use katavm_protocol::agent::{
-    CheckRequest, CheckResponse, ContainerRequest, CreateContainerRequest, CreateExecRequest, CreateSandboxRequest,
-    Empty, Event, Exit, ListProcessesResponse, ProcessRequest, ProcessResponse, Ready, ResizeTerminalRequest,
-    SignalRequest, StatsResponse, Stdio, StreamHello, StreamKind, StreamReply, UpdateContainerRequest, WaitResponse,
+    CheckRequest, CheckResponse, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, CreateExecRequest,
+    CreateSandboxRequest, Empty, Event, Exit, ListProcessesResponse, ProcessRequest, ProcessResponse, Ready,
+    ResizeTerminalRequest, SignalRequest, StatsResponse, Stdio, StreamHello, StreamKind, StreamReply,
+    UpdateContainerRequest, WaitResponse,
 };
 use katavm_protocol::agent_ttrpc::{Agent, create_agent};
 use katavm_protocol::{frame, ports};
@@ -167,6 +168,9 @@ impl Agent for Service {
         unimplemented!()
     }
     async fn stats(&self, _: &TtrpcContext, _: ContainerRequest) -> ttrpc::Result<StatsResponse> {
+        unimplemented!()
+    }
+    async fn configure_network(&self, _: &TtrpcContext, _: ConfigureNetworkRequest) -> ttrpc::Result<Empty> {
         unimplemented!()
     }
     async fn update_container(&self, _: &TtrpcContext, _: UpdateContainerRequest) -> ttrpc::Result<Empty> {

@@ -8,6 +8,7 @@ use katavm_devices::block::Block;
 use katavm_devices::fs::Fs;
 use katavm_devices::legacy::{Serial, SerialState};
 use katavm_devices::memory::GuestMemory;
+use katavm_devices::net::Net;
 use katavm_devices::rng::Rng;
 use katavm_devices::virtio::Interrupt;
 use katavm_devices::virtio::mmio::{MmioTransport, NOTIFY_OFFSET, SharedDevice, WINDOW};
@@ -88,6 +89,12 @@ impl MicrovmBuilder {
     #[must_use]
     pub fn block(self, block: Block) -> Self {
         self.device(Device::Block(Arc::new(Mutex::new(block))))
+    }
+
+    /// Adds a network interface, with or without its backend: see [`Microvm::attach_net`].
+    #[must_use]
+    pub fn net(self, net: Net) -> Self {
+        self.device(Device::Net(Arc::new(Mutex::new(net))))
     }
 
     /// Adds the entropy source.
@@ -219,7 +226,7 @@ impl MicrovmBuilder {
         Ok(transports)
     }
 
-    /// One loop for all devices that never block, and one for each that does.
+    /// One loop for all devices that are soon done, and one for each that is not.
     fn spawn_loops(&self, environment: &Environment) -> Result<Vec<EventLoop>, BuildError> {
         let Environment { control, ending, .. } = environment;
         let quick = self.devices.iter().filter(|device| device.thread().is_none()).map(Device::shared).collect();

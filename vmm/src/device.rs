@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use katavm_devices::block::Block;
 use katavm_devices::fs::Fs;
+use katavm_devices::net::Net;
 use katavm_devices::rng::Rng;
 use katavm_devices::virtio::mmio::SharedDevice;
 use katavm_devices::vsock::Vsock;
@@ -16,6 +17,7 @@ pub enum Device {
     Vsock(Arc<Mutex<Vsock>>),
     Fs(Arc<Mutex<Fs>>),
     Block(Arc<Mutex<Block>>),
+    Net(Arc<Mutex<Net>>),
     Rng(Arc<Mutex<Rng>>),
 }
 
@@ -26,15 +28,17 @@ impl Device {
             Self::Vsock(device) => Arc::clone(device) as SharedDevice,
             Self::Fs(device) => Arc::clone(device) as SharedDevice,
             Self::Block(device) => Arc::clone(device) as SharedDevice,
+            Self::Net(device) => Arc::clone(device) as SharedDevice,
             Self::Rng(device) => Arc::clone(device) as SharedDevice,
         }
     }
 
-    /// The name of its own thread, if its requests block on the host's files.
+    /// The name of its own thread, if its requests block on the host's files or go through the host's network.
     pub fn thread(&self) -> Option<&'static str> {
         match self {
             Self::Fs(_) => Some("fs"),
             Self::Block(_) => Some("block"),
+            Self::Net(_) => Some("net"),
             Self::Vsock(_) | Self::Rng(_) => None,
         }
     }
@@ -45,6 +49,7 @@ impl Device {
             Self::Vsock(device) => DeviceState::Vsock(lock(device).save()),
             Self::Fs(device) => DeviceState::Fs(lock(device).save()),
             Self::Block(device) => DeviceState::Block(lock(device).save()),
+            Self::Net(device) => DeviceState::Net(lock(device).save()),
             Self::Rng(device) => DeviceState::Rng(lock(device).save()),
         }
     }

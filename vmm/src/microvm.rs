@@ -2,8 +2,10 @@
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::sync::Mutex;
 
 use katavm_devices::memory::GuestMemory;
+use katavm_devices::net::{Backend, Net};
 use katavm_devices::vsock::ConnectionId;
 use kvm_ioctls::{Kvm, VmFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -25,6 +27,12 @@ pub enum MicrovmError {
     /// It has ended.
     #[error("the virtual machine has ended: {0}")]
     Ended(ExitReason),
+    /// It has fewer network interfaces.
+    #[error("the virtual machine has no network interface {0}, counted from 0")]
+    NoInterface(usize),
+    /// The backend cannot be watched.
+    #[error("cannot attach a network interface: {0}")]
+    Attach(std::io::Error),
 }
 
 /// A virtual machine with its devices and threads. Dropping it stops it.
@@ -147,6 +155,32 @@ impl Microvm {
             None if self.environment.control.goal() == Goal::Pause => Ok(()),
             None => Err(SnapshotError::Running),
         }
+    }
+
+    /// Gives network interface `index`, counted from 0 in the order in which they were added, its backend, running
+    /// or not: its link goes up.
+    ///
+    /// # Errors
+    /// When there is no such interface, or the backend's descriptor cannot be watched.
+    pub fn attach_net(&self, index: usize, backend: impl Backend + 'static) -> Result<(), MicrovmError> {
+        lock(self.interface(index)?).attach(backend).map_err(MicrovmError::Attach)
+    }
+
+    /// Takes the backend of network interface `index` away, if it has one: its link goes down.
+    ///
+    /// # Errors
+    /// When there is no such interface.
+    pub fn detach_net(&self, index: usize) -> Result<(), MicrovmError> {
+        lock(self.interface(index)?).detach();
+        Ok(())
+    }
+
+    fn interface(&self, index: usize) -> Result<&Mutex<Net>, MicrovmError> {
+        let mut nets = self.devices.iter().filter_map(|device| match device {
+            Device::Net(net) => Some(&**net),
+            _ => None,
+        });
+        nets.nth(index).ok_or(MicrovmError::NoInterface(index))
     }
 
     /// Why it ended, if it has.

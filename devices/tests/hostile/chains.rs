@@ -240,7 +240,7 @@ pub fn one_byte_each(subject: &dyn Subject, machine: &mut Machine) -> Outcome {
 pub fn every_bit_of_the_flags(subject: &dyn Subject, machine: &mut Machine) -> Outcome {
     for bit in 3..16 {
         // Bits without a meaning are none of the device's business.
-        raw(subject, machine, &[Desc { flags: WRITE | 1 << bit, ..writable(WRITABLE, 64) }]);
+        raw(subject, machine, &[Desc { flags: WRITE | 1 << bit, ..writable(WRITABLE, 128) }]);
     }
     Alive
 }

@@ -51,7 +51,7 @@ pub fn available_index_backwards(subject: &dyn Subject, machine: &mut Machine) -
 pub fn available_index_exactly_size(subject: &dyn Subject, machine: &mut Machine) -> Outcome {
     let queue = subject.queue();
     let size = machine.rings[queue].size;
-    machine.describe_all(machine.rings[queue].desc, &vec![writable(WRITABLE, 64); size.into()]);
+    machine.describe_all(machine.rings[queue].desc, &vec![writable(WRITABLE, 128); size.into()]);
     (0..size).for_each(|head| machine.offer(queue, head));
     machine.kick(queue);
     machine.run();

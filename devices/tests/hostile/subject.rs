@@ -1,9 +1,15 @@
 //! The devices of the table, and what a good request is for each.
 
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use katavm_devices::block::{Block, BlockConfig};
 use katavm_devices::fs::{ExportOptions, Fs, FsShare};
+use katavm_devices::net::{Backend, Net, NetConfig, Offloads};
 use katavm_devices::rng::Rng;
 use katavm_devices::virtio::VirtioDevice;
 use katavm_devices::vsock::Vsock;
@@ -234,5 +240,158 @@ impl Subject for VsockSubject {
             }
         }
         panic!("no RST came from the closed port");
+    }
+}
+
+/// What is sent into it comes out of it again, packet by packet: a socket connected to itself. Clones are the same wire.
+#[derive(Clone)]
+struct Loopback {
+    socket: Arc<UnixDatagram>,
+    /// Packets that come into it by themselves.
+    supply: Arc<AtomicU32>,
+}
+
+impl Loopback {
+    fn new() -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("katavm-hostile-{}-{number}", std::process::id());
+        let address = SocketAddr::from_abstract_name(name).unwrap();
+        let socket = UnixDatagram::bind_addr(&address).unwrap();
+        socket.connect_addr(&address).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        Self { socket: Arc::new(socket), supply: Arc::default() }
+    }
+
+    /// As many packets of the supply as there is room for.
+    fn top_up(&self) {
+        while self.supply.load(Ordering::Relaxed) > 0 && self.socket.send(&packet(0x5a)).is_ok() {
+            self.supply.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
+    /// A flood, with an end: a driver that spoils its own buffers gets none of it, and the device never rests before.
+    fn flood(&self) {
+        self.supply.store(5000, Ordering::Relaxed);
+        self.top_up();
+    }
+}
+
+impl AsFd for Loopback {
+    /// The device asks for it before each packet.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.top_up();
+        self.socket.as_fd()
+    }
+}
+
+impl Backend for Loopback {
+    fn set_offloads(&self, _: Offloads) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The device on `wire`; without segmentation, so that small buffers are enough for any packet.
+fn net_on(wire: Loopback) -> Arc<Mutex<dyn VirtioDevice>> {
+    let config = NetConfig { mac: [2, 0, 0, 0, 0, 1], mtu: Some(68), offloads: Offloads::empty() };
+    let mut net = Net::new(config).unwrap();
+    net.attach(wire).unwrap();
+    Arc::new(Mutex::new(net))
+}
+
+/// A header that asks for nothing, and an Ethernet frame.
+fn packet(mark: u8) -> Vec<u8> {
+    [&[0; 12][..], &[mark; 60]].concat()
+}
+
+/// Room for the longest packet of [`net_on`].
+const PACKET_ROOM: u32 = 128;
+
+struct NetTransmitSubject;
+
+pub fn net_transmit() -> impl Subject {
+    NetTransmitSubject
+}
+
+impl Subject for NetTransmitSubject {
+    fn device(&self) -> Arc<Mutex<dyn VirtioDevice>> {
+        net_on(Loopback::new())
+    }
+
+    fn queue(&self) -> usize {
+        1
+    }
+
+    fn request(&self) -> (Vec<u8>, u32) {
+        (packet(0x5a), 0)
+    }
+
+    fn check(&self, len: u32, _: &[u8]) {
+        assert_eq!(len, 0, "nothing is written to a sent packet");
+    }
+
+    fn good(&self, machine: &mut Machine) {
+        const ROOMS: u16 = 16;
+        let room = |head: u16| RECEIVED + 4096 * u64::from(head);
+        let (mut request, _) = self.request();
+        static MARK: AtomicU32 = AtomicU32::new(0);
+        request[20..24].copy_from_slice(&MARK.fetch_add(1, Ordering::Relaxed).to_le_bytes());
+        machine.used(0);
+        (0..ROOMS).for_each(|head| machine.describe(machine.rings[0].desc, head, writable(room(head), PACKET_ROOM)));
+        (0..ROOMS).for_each(|head| machine.offer(0, head));
+        machine.kick(0);
+        // A wire that is full of earlier packets takes this one when those have come back.
+        let (mut len, _) = machine.exchange(1, &request, 0);
+        for _ in 0..100_000 {
+            let came = machine.used(0);
+            if came.iter().any(|(head, _)| {
+                let bytes = machine.take(room(*head as u16), request.len());
+                bytes[12..] == request[12..]
+            }) {
+                self.check(len.expect("the packet is taken"), &[]);
+                return assert!(machine.interrupted(), "a packet interrupts");
+            }
+            came.iter().for_each(|(head, _)| machine.offer(0, *head as u16));
+            machine.kick(0);
+            machine.run();
+            len = len.or_else(|| machine.used(1).last().map(|(_, len)| *len));
+        }
+        panic!("the packet did not come back");
+    }
+}
+
+#[derive(Default)]
+struct NetReceiveSubject {
+    /// Those of all devices so far.
+    wires: Mutex<Vec<Loopback>>,
+}
+
+pub fn net_receive() -> impl Subject {
+    NetReceiveSubject::default()
+}
+
+impl Subject for NetReceiveSubject {
+    fn device(&self) -> Arc<Mutex<dyn VirtioDevice>> {
+        let wire = Loopback::new();
+        wire.flood();
+        self.wires.lock().unwrap().push(wire.clone());
+        net_on(wire)
+    }
+
+    fn request(&self) -> (Vec<u8>, u32) {
+        (Vec::new(), PACKET_ROOM)
+    }
+
+    fn check(&self, len: u32, answer: &[u8]) {
+        assert_eq!(len, 72);
+        assert_eq!(answer[..72], [&[0; 10][..], &[1, 0], &[0x5a; 60]].concat());
+    }
+
+    fn good(&self, machine: &mut Machine) {
+        self.wires.lock().unwrap().iter().for_each(Loopback::flood);
+        let (request, room) = self.request();
+        let (len, answer) = machine.exchange(self.queue(), &request, room);
+        self.check(len.expect("a packet arrives"), &answer);
+        assert!(machine.interrupted(), "a packet interrupts");
     }
 }

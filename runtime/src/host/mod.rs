@@ -7,6 +7,7 @@ mod files;
 mod limits;
 mod mounts;
 mod namespaces;
+mod netns;
 mod processes;
 
 pub use cgroup::Cgroup;
@@ -16,6 +17,7 @@ pub use mounts::{attach_inside, change_root, clone_tree, make_read_only, new_pro
 pub use namespaces::{
     enter_new_namespaces, fork_into_pid_namespace, join_namespace, open_namespace, run_in_namespaces_of,
 };
+pub use netns::{in_network_namespace, make_tap, network_setting};
 pub use processes::{
     Fork, close_inherited, detach, exit_now, fork, ignore_all_signals, kill, kill_and_reap, let_go_of_streams,
     note_inherited, pidfd_of_self, set_process_name, start_time_ns, wait_for_end,

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 pub use katavm_protocol::agent::Process as GuestProcess;
 use katavm_protocol::agent::{
-    CheckRequest, ContainerRequest, CreateContainerRequest, CreateExecRequest, CreateSandboxRequest, Empty, Exit,
-    ProcessRequest, ResizeTerminalRequest, SignalRequest, StatsResponse, UpdateContainerRequest,
+    CheckRequest, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, CreateExecRequest,
+    CreateSandboxRequest, Empty, Exit, ProcessRequest, ResizeTerminalRequest, SignalRequest, StatsResponse,
+    UpdateContainerRequest,
 };
 use katavm_protocol::agent_ttrpc::AgentClient;
 use tokio::time::timeout;
@@ -91,6 +92,15 @@ impl Agent {
     /// Any [`AgentError`].
     pub async fn create_sandbox(&self, request: &CreateSandboxRequest) -> Result<(), AgentError> {
         within(PATIENCE, self.client.create_sandbox(deadline(PATIENCE), request)).await?;
+        Ok(())
+    }
+
+    /// Configures the guest's network: [`Scan::request`](crate::network::Scan::request).
+    ///
+    /// # Errors
+    /// Any [`AgentError`].
+    pub async fn configure_network(&self, request: &ConfigureNetworkRequest) -> Result<(), AgentError> {
+        within(PATIENCE, self.client.configure_network(deadline(PATIENCE), request)).await?;
         Ok(())
     }
 
@@ -217,7 +227,7 @@ impl Agent {
     /// # Errors
     /// Any [`AgentError`].
     pub async fn stats(&self, id: &str) -> Result<StatsResponse, AgentError> {
-        Ok(within(PATIENCE, self.client.stats(deadline(PATIENCE), &container(id))).await?)
+        within(PATIENCE, self.client.stats(deadline(PATIENCE), &container(id))).await
     }
 
     /// Changes a container's limits: `resources` is JSON as in the runtime specification.

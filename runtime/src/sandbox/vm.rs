@@ -7,11 +7,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use katavm_devices::fs::{Fs, FsShare};
+use katavm_devices::net::Net;
 use katavm_devices::rng::Rng;
 use katavm_devices::vsock::{Vsock, VsockHost, VsockListener};
 use katavm_protocol::agent::Ready;
 use katavm_protocol::{frame, ports};
-use katavm_vmm::{BuildError, ExitReason, Microvm, MicrovmConfig, MicrovmError};
+use katavm_vmm::{BuildError, ExitReason, Microvm, MicrovmBuilder, MicrovmConfig, MicrovmError};
 
 use super::image::GuestImage;
 use super::probe::KVM;
@@ -127,6 +128,8 @@ pub struct Boot {
     pub size: Size,
     /// Files.
     pub share: FsShare,
+    /// Network interfaces, with or without their taps: see `Microvm::attach_net`.
+    pub nets: Vec<Net>,
     /// Where to copy the guest's console to, all of its messages then.
     pub console: Option<OwnedFd>,
 }
@@ -147,11 +150,11 @@ pub fn boot(boot: Boot) -> Result<Started, VmError> {
         initramfs: Some(boot.image.initramfs),
         cmdline: if boot.console.is_some() { "loglevel=7 katavm.log=debug".into() } else { String::new() },
     };
-    let vm = Microvm::builder(config)
+    let builder = Microvm::builder(config)
         .vsock(vsock)
         .fs(Fs::new(SHARED_TAG, boot.share).map_err(device("shared file system"))?)
-        .rng(Rng::new().map_err(device("entropy source"))?)
-        .build()?;
+        .rng(Rng::new().map_err(device("entropy source"))?);
+    let vm = boot.nets.into_iter().fold(builder, MicrovmBuilder::net).build()?;
     if let Some(console) = boot.console {
         vm.console().mirror(std::fs::File::from(console));
     }

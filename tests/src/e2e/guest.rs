@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use katavm_devices::fs::{ExportOptions, Fs, FsShare};
+use katavm_devices::net::Net;
 use katavm_devices::rng::Rng;
 use katavm_devices::vsock::{Vsock, VsockHost};
 use katavm_protocol::agent::{
@@ -17,7 +18,7 @@ use katavm_protocol::agent::{
 };
 use katavm_protocol::agent_ttrpc::AgentClient;
 use katavm_protocol::{frame, ports};
-use katavm_vmm::{ExitReason, Microvm, MicrovmConfig};
+use katavm_vmm::{ExitReason, Microvm, MicrovmBuilder, MicrovmConfig};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
@@ -59,6 +60,14 @@ impl Guest {
     /// # Errors
     /// When the guest does not come up; the console is noted.
     pub fn boot(context: &Context, change: impl FnOnce(&mut MicrovmConfig)) -> Result<Self> {
+        Self::boot_with(context, Vec::new(), change)
+    }
+
+    /// Boots the guest image with these network interfaces and waits for its agent.
+    ///
+    /// # Errors
+    /// As [`boot`](Self::boot).
+    pub fn boot_with(context: &Context, nets: Vec<Net>, change: impl FnOnce(&mut MicrovmConfig)) -> Result<Self> {
         let mut config = MicrovmConfig {
             kernel: context.image("vmlinux")?,
             initramfs: Some(context.image("initramfs")?),
@@ -68,7 +77,8 @@ impl Guest {
         let (vsock, sockets) = Vsock::new(CID)?;
         let share = FsShare::new();
         let fs = Fs::new("katavm", share.clone())?;
-        let vm = Microvm::builder(config).vsock(vsock).fs(fs).rng(Rng::new()?).build()?;
+        let builder = Microvm::builder(config).vsock(vsock).fs(fs).rng(Rng::new()?);
+        let vm = nets.into_iter().fold(builder, MicrovmBuilder::net).build()?;
         let listener = sockets.listen(ports::READY)?;
         vm.start()?;
         let ready = listener.accept(Some(LIMIT)).and_then(|mut stream| frame::read::<Ready>(&mut stream));
@@ -279,7 +289,8 @@ pub(super) fn exit_of(running: &Running, agent: &AgentClient, runtime: &Runtime)
 }
 
 /// Docker's default set, shortened to what the cases need.
-const CAPABILITIES: [&str; 5] = ["CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL"];
+const CAPABILITIES: [&str; 6] =
+    ["CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_NET_RAW"];
 
 /// Makes the container root with everything that the guest's kernel has to give.
 pub(super) fn privilege(spec: &mut Value) {

@@ -11,6 +11,7 @@ mod guest;
 mod hostile;
 mod leftovers;
 mod manifest;
+mod network;
 mod process;
 mod rebuild;
 mod report;
@@ -47,7 +48,7 @@ pub struct Case {
 /// All cases in the order in which they run; `long` ones as well, if they are wanted.
 #[must_use]
 pub fn cases(long: bool) -> Vec<Case> {
-    let first: &[Table] = &[boot::CASES, agent::CASES, snapshot::CASES];
+    let first: &[Table] = &[boot::CASES, agent::CASES, snapshot::CASES, network::CASES];
     let last: &[Table] = &[failing::CASES, hostile::CASES, survive::CASES, user::CASES];
     let long: &[Table] = if long { &[failing::LONG, hostile::LONG, survive::LONG, run::LONG_TABLES[0]] } else { &[] };
     let tables = first.iter().chain(long).chain(&run::TABLES).chain(last);

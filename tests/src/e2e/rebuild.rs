@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use katavm_devices::fs::{ExportOptions, Fs, FsShare};
+use katavm_devices::net::Net;
 use katavm_devices::rng::Rng;
 use katavm_devices::vsock::{ConnectionId, Vsock, VsockHost};
 use katavm_protocol::agent::{Empty, Exit};
@@ -89,6 +90,7 @@ fn build<P: AsRef<Path>, N: AsRef<str>>(
                 builder.fs(fs)
             }
             DeviceState::Rng(saved) => builder.rng(Rng::restore(saved)?),
+            DeviceState::Net(saved) => builder.net(Net::restore(saved)?),
             DeviceState::Block(_) => bail!("this guest has no disk"),
         };
     }

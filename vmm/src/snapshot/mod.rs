@@ -11,6 +11,7 @@ use std::io;
 use katavm_devices::block::BlockState;
 use katavm_devices::fs::FsState;
 use katavm_devices::legacy::{SerialError, SerialState};
+use katavm_devices::net::NetState;
 use katavm_devices::rng::RngState;
 use katavm_devices::virtio::mmio::{MmioState, RestoreError};
 use katavm_devices::vsock::VsockState;
@@ -67,6 +68,8 @@ pub enum DeviceState {
     Block(BlockState),
     /// The entropy source.
     Rng(RngState),
+    /// A network interface.
+    Net(NetState),
 }
 
 /// Everything of a paused microVM but its RAM.

@@ -159,6 +159,22 @@ impl Chain {
         Buffers::new(memory, &self.readable)
     }
 
+    /// How many bytes the device may write.
+    #[must_use]
+    pub fn writable_len(&self) -> usize {
+        self.writable.iter().map(|(_, len)| *len as usize).sum()
+    }
+
+    /// The buffers that the device fills, in order, added to an iovec array. `memory` must be the memory of
+    /// the queue; the pointers are valid as long as it is mapped.
+    pub fn extend_iovecs(&self, memory: &GuestMemory, vectors: &mut Vec<libc::iovec>) {
+        let slices = self.writable.iter().flat_map(|(address, len)| memory.get_slices(*address, *len as usize));
+        vectors.extend(slices.flatten().map(|slice| {
+            let iov_base = slice.ptr_guard_mut().as_ptr().cast();
+            libc::iovec { iov_base, iov_len: slice.len() }
+        }));
+    }
+
     /// The buffers that the device fills, in order. `memory` must be the memory of the queue.
     #[must_use]
     pub fn writer<'m>(&self, memory: &'m GuestMemory) -> Buffers<'m> {

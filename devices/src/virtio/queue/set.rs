@@ -150,6 +150,19 @@ impl QueueSet {
         self.guarded(index, |queue| queue.add_used(head, len));
     }
 
+    /// Puts all chains that were taken from queue `index` and not given back to where they were.
+    pub fn put_back(&mut self, index: usize) {
+        self.guarded(index, |queue| {
+            queue.put_back();
+            Ok(())
+        });
+    }
+
+    /// Gives several chains back, each with how many bytes were written; the driver sees all of them or none.
+    pub fn add_used_together(&mut self, index: usize, chains: &[(u16, u32)]) {
+        self.guarded(index, |queue| queue.add_used_together(chains));
+    }
+
     /// Interrupts the driver if it wants to hear of what was given back on queue `index`.
     pub fn notify(&mut self, index: usize) {
         if self.guarded(index, VirtQueue::needs_notification) == Some(true)

@@ -45,6 +45,8 @@ pub struct VirtQueue {
     memory: GuestMemory,
     /// Heads taken and not yet given back, in order.
     in_flight: Vec<u16>,
+    /// Chains given back since the driver's wish for an interrupt was last looked at.
+    given: Wrapping<u16>,
 }
 
 impl VirtQueue {
@@ -53,7 +55,7 @@ impl VirtQueue {
     /// # Errors
     /// [`QueueError::Config`].
     pub fn new(queue: Queue, memory: GuestMemory) -> Result<Self, QueueError> {
-        let this = Self { queue, memory, in_flight: Vec::new() };
+        let this = Self { queue, memory, in_flight: Vec::new(), given: Wrapping(0) };
         if this.queue.ready() && !this.is_valid() {
             return Err(QueueError::Config);
         }
@@ -110,16 +112,44 @@ impl VirtQueue {
         }
     }
 
+    /// Puts all chains that were taken and not given back to where they were, the last ones taken.
+    pub fn put_back(&mut self) {
+        while !self.in_flight.is_empty() {
+            self.undo_pop();
+        }
+    }
+
     /// Gives a chain back with `len` bytes written into it.
     ///
     /// # Errors
     /// [`QueueError::Ring`], also when this chain was not in flight.
     pub fn add_used(&mut self, head: u16, len: u32) -> Result<(), QueueError> {
-        let Some(at) = self.in_flight.iter().position(|taken| *taken == head) else {
-            return Err(virtio_queue::Error::InvalidDescriptorIndex.into());
-        };
-        self.in_flight.remove(at);
-        Ok(self.queue.add_used(&self.memory, head, len)?)
+        self.add_used_together(&[(head, len)])
+    }
+
+    /// Gives several chains back, each with the bytes written into it; the driver sees all of them or none.
+    ///
+    /// # Errors
+    /// [`QueueError::Ring`], also when one of these chains was not in flight.
+    pub fn add_used_together(&mut self, chains: &[(u16, u32)]) -> Result<(), QueueError> {
+        let ring = self.queue.used_ring();
+        let mut next = Wrapping(self.queue.next_used());
+        for (head, len) in chains {
+            let Some(at) = self.in_flight.iter().position(|taken| taken == head) else {
+                return Err(virtio_queue::Error::InvalidDescriptorIndex.into());
+            };
+            self.in_flight.remove(at);
+            // Index and length of the chain, after flags and index of the ring (virtio 1.3, 2.7.8).
+            let entry = u64::from(u32::from(*head).to_le()) | u64::from(len.to_le()) << 32;
+            let address = GuestAddress(ring + 4 + 8 * u64::from(next.0 % self.queue.size()));
+            self.memory.write_obj(entry, address).map_err(virtio_queue::Error::GuestMemory)?;
+            next += 1;
+        }
+        let index = self.memory.store(next.0.to_le(), GuestAddress(ring + 2), Ordering::Release);
+        index.map_err(virtio_queue::Error::GuestMemory)?;
+        self.given += next - Wrapping(self.queue.next_used());
+        self.queue.set_next_used(next.0);
+        Ok(())
     }
 
     /// Whether the driver wants an interrupt for what was given back since the last call.
@@ -127,20 +157,24 @@ impl VirtQueue {
     /// # Errors
     /// [`QueueError::Ring`].
     pub fn needs_notification(&mut self) -> Result<bool, QueueError> {
+        let given = std::mem::take(&mut self.given);
         if !self.queue.ready() {
             return Ok(false);
         }
+        // What was given back must be visible before the driver's wish is read, or each side may miss the other.
+        fence(Ordering::SeqCst);
+        let driver_area = self.queue.avail_ring();
+        let read = |address: u64| -> Result<u16, QueueError> {
+            let value = self.memory.load(GuestAddress(address), Ordering::Acquire);
+            Ok(u16::from_le(value.map_err(virtio_queue::Error::GuestMemory)?))
+        };
         if !self.queue.event_idx_enabled() {
-            // What was given back must be visible before the flags are read, or each side may miss the other.
-            fence(Ordering::SeqCst);
             // VIRTQ_AVAIL_F_NO_INTERRUPT, the flags field of the driver area (virtio 1.3, 2.7.7).
-            let flags: u16 = self
-                .memory
-                .load(GuestAddress(self.queue.avail_ring()), Ordering::Acquire)
-                .map_err(virtio_queue::Error::GuestMemory)?;
-            return Ok(u16::from_le(flags) & 1 == 0);
+            return Ok(read(driver_area)? & 1 == 0);
         }
-        Ok(self.queue.needs_notification(&self.memory)?)
+        // Whether used_event, which stands after the ring, is among what was given back (2.7.10).
+        let event = Wrapping(read(driver_area + 4 + 2 * u64::from(self.queue.size()))?);
+        Ok(Wrapping(self.queue.next_used()) - event - Wrapping(1) < given)
     }
 
     /// Asks for kicks again; true when chains came in meanwhile, which no kick will announce.

@@ -1,0 +1,19 @@
+//! The device's state as it goes into a snapshot.
+
+use serde::{Deserialize, Serialize};
+
+/// What a restored device has in common with the saved one, whose driver knows it by heart.
+///
+/// The backend is the host's and does not go into a snapshot. Packets are moved within one turn of the event loop,
+/// so none is ever half in the guest; buffers that the device has taken for packets to come are in the queue's state.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetState {
+    /// The device's address.
+    pub mac: [u8; 6],
+    /// The MTU that the device tells.
+    pub mtu: Option<u16>,
+    /// What it offers to do or to leave undone, as `TUNSETOFFLOAD` has it.
+    pub offloads: u32,
+    /// The link was up.
+    pub link_up: bool,
+}

@@ -1,0 +1,11 @@
+//! The network device behind its transport, on sockets and on a real tap.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod driver;
+mod link;
+mod receive;
+mod restore;
+mod tap;
+mod transmit;

@@ -1,0 +1,78 @@
+//! Network namespaces, and what is made in them.
+
+use std::fs::OpenOptions;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+use nix::errno::Errno;
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+// From <linux/if_tun.h>.
+const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+const IFF_TAP: libc::c_short = 0x0002;
+const IFF_NO_PI: libc::c_short = 0x1000;
+const IFF_VNET_HDR: libc::c_short = 0x4000;
+
+/// Runs `work` in a network namespace, on a thread that is there for nothing else: no other thread of the process
+/// ever is in a namespace that is not its own, whatever `work` does and however it ends.
+///
+/// # Errors
+/// When no thread can be had, when the descriptor is no network namespace, when this process may not enter it.
+pub fn in_network_namespace<T: Send>(netns: impl AsFd, work: impl FnOnce() -> T + Send) -> io::Result<T> {
+    let netns = netns.as_fd();
+    let enter = move || {
+        move_into_link_name_space(netns, Some(LinkNameSpaceType::Network))?;
+        Ok(work())
+    };
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("netns".into()).spawn_scoped(scope, enter)?;
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+/// Makes a tap interface in the network namespace of the calling thread: one queue, Ethernet frames with a `struct
+/// virtio_net_hdr` in front. It is there as long as the descriptor is open. A `%d` in `name` becomes a free number.
+///
+/// # Errors
+/// Those of open(2) and of TUNSETIFF. `InvalidInput` for a name that no interface can have.
+pub fn make_tap(name: &str) -> io::Result<(OwnedFd, String)> {
+    let tun: OwnedFd = OpenOptions::new().read(true).write(true).open("/dev/net/tun")?.into();
+    // SAFETY: an all-zero ifreq is a valid value of it: plain integers and byte arrays.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    if name.len() >= request.ifr_name.len() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{name:?} is too long for an interface")));
+    }
+    request.ifr_name.iter_mut().zip(name.bytes()).for_each(|(to, from)| *to = from.cast_signed());
+    request.ifr_ifru.ifru_flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR;
+    // SAFETY: TUNSETIFF reads one ifreq and writes the name into it.
+    Errno::result(unsafe { libc::ioctl(tun.as_raw_fd(), TUNSETIFF, &raw mut request) })?;
+    let name = request.ifr_name.iter().take_while(|byte| **byte != 0).map(|byte| byte.cast_unsigned());
+    Ok((tun, String::from_utf8_lossy(&name.collect::<Vec<u8>>()).into_owned()))
+}
+
+/// The value of a network setting of the calling thread's namespace, by its path under /proc/sys/net.
+///
+/// # Errors
+/// When there is no such setting, or no /proc.
+pub fn network_setting(path: &str) -> io::Result<String> {
+    Ok(std::fs::read_to_string(format!("/proc/sys/net/{path}"))?.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_network_namespace_can_be_entered() {
+        let other = std::fs::File::open("/proc/self/ns/mnt").unwrap();
+        assert!(in_network_namespace(&other, || ()).is_err());
+        let file = std::fs::File::open("/dev/null").unwrap();
+        assert!(in_network_namespace(&file, || ()).is_err());
+    }
+
+    #[test]
+    fn a_name_that_is_too_long_is_refused() {
+        // Where there is no /dev/net/tun, that is the error.
+        assert!(make_tap("a-name-of-16-is-").is_err());
+    }
+}

@@ -1,0 +1,48 @@
+//! A network namespace of the host becomes the network of a guest.
+//!
+//! [`Scan::of`] tells what is in the namespace. [`plug`] makes a tap in it and redirects everything between an
+//! interface and that tap, both ways, by traffic control: the addresses stay on the interface, where engines look
+//! for them, and the guest gets the same ones ([`Scan::request`]). [`Watch`] tells when to scan again.
+
+mod model;
+mod netlink;
+mod plug;
+mod request;
+mod scan;
+mod slot;
+mod watch;
+
+pub use model::{Address, Hop, Interface, Neighbour, Route, Rule, Scan};
+pub use plug::{Plugged, plug};
+pub use slot::{device, random_mac, slot};
+pub use watch::Watch;
+
+use std::io;
+
+/// Why a network namespace cannot be read or changed.
+#[derive(Debug, thiserror::Error)]
+pub enum NetworkError {
+    /// It cannot be entered.
+    #[error("cannot enter the network namespace: {0}")]
+    Enter(#[source] io::Error),
+    /// Reading or changing it failed.
+    #[error("cannot {what}: {error}")]
+    Netlink {
+        /// What was tried.
+        what: String,
+        /// What the kernel said.
+        error: rtnetlink::Error,
+    },
+    /// A netlink socket or a thread's runtime.
+    #[error("cannot speak to the kernel about the network: {0}")]
+    Socket(#[source] io::Error),
+    /// No tap.
+    #[error("cannot make a tap interface (the module tun and CAP_NET_ADMIN are needed): {0}")]
+    Tap(#[source] io::Error),
+    /// The interface has no Ethernet frames.
+    #[error("the interface {0} does not carry Ethernet frames and cannot be plugged into a guest")]
+    NoEthernet(String),
+    /// It went away meanwhile.
+    #[error("the interface {0} is gone")]
+    Gone(String),
+}
