@@ -4,7 +4,7 @@ use std::io::{self, Write as _};
 use std::process::Command;
 
 use katavm_agent::network::configure;
-use katavm_protocol::agent::{Address, ConfigureNetworkRequest, Hop, Interface, Neighbour, Route};
+use katavm_protocol::agent::{Address, ConfigureNetworkRequest, Hop, Interface, Neighbour, Route, Rule};
 
 const DEVICE: [u8; 6] = [2, 0, 0, 0, 0, 7];
 
@@ -78,7 +78,29 @@ fn request() -> ConfigureNetworkRequest {
         Route { table: 1077, metric: 5, scope: 253, source: v4("10.1.0.2"), ..route(4, v4("10.2.0.0"), 16, vec![]) };
     let nowhere = Route { kind: 6, hops: vec![], ..route(4, v4("203.0.113.0"), 24, vec![]) };
     let neighbour = |ip| Neighbour { interface: "eth0".into(), ip, mac: vec![2, 0, 0, 0, 0, 9], ..Default::default() };
+    let from = Rule {
+        ip_version: 4,
+        priority: 100,
+        action: 1,
+        table: 1077,
+        source: v4("10.1.0.2"),
+        source_prefix: 32,
+        ..Default::default()
+    };
+    let others = Rule {
+        ip_version: 6,
+        priority: 200,
+        action: 8,
+        invert: true,
+        destination: v6("fd00::"),
+        destination_prefix: 8,
+        mark: 0x10,
+        mark_mask: 0xf0,
+        incoming: "eth0".into(),
+        ..Default::default()
+    };
     ConfigureNetworkRequest {
+        rules: vec![from, others],
         interfaces: vec![interface],
         routes: vec![
             elsewhere,
@@ -103,6 +125,8 @@ fn state() -> String {
         "route show table all proto boot",
         "-6 route show table all proto boot",
         "neigh show nud permanent",
+        "rule",
+        "-6 rule",
     ]
     .map(ip)
     .join("\n")
@@ -137,6 +161,9 @@ fn all_of_it() {
     let routes = ip("-6 route show");
     assert!(routes.contains("default via fd00::1 dev eth0 metric 1024"), "{routes}");
     assert!(routes.contains("fd01::/64 dev eth0"), "{routes}");
+    let rules = ip("rule") + &ip("-6 rule");
+    assert!(rules.contains("100: from 10.1.0.2 lookup 1077"), "{rules}");
+    assert!(rules.contains("200: not from all to fd00::/8 fwmark 0x10/0xf0 iif eth0 prohibit"), "{rules}");
     let neighbours = ip("neigh show nud permanent");
     assert!(neighbours.contains("10.1.0.1 dev eth0 lladdr 02:00:00:00:00:09 PERMANENT"), "{neighbours}");
     assert!(neighbours.contains("fd00::1 dev eth0 lladdr 02:00:00:00:00:09 PERMANENT"), "{neighbours}");

@@ -53,12 +53,20 @@ impl Pair {
                 "tc filter add dev eth0 parent ffff: protocol all u32 match u32 0 0 action mirred egress redirect dev lo",
                 "tc qdisc del dev eth0 ingress",
                 "ip link set lo up",
+                // No link-local address, which would come in its own time.
+                "ip link set eth0 addrgenmode none",
                 "ip link set eth0 address 02:00:00:00:00:01 mtu 1400 up",
             ] {
                 run(&near, line).map_err(|error| error.to_string())?;
             }
             run(&far, "ip link set far address 02:00:00:00:00:02 mtu 1400 up").map_err(|error| error.to_string())?;
             File::open("/dev/net/tun").map_err(|error| format!("/dev/net/tun: {error}"))?;
+            // So does the carrier.
+            let watch = Watch::new(&near).map_err(|error| error.to_string())?;
+            while !run(&near, "ip -o link show eth0").map_err(|error| error.to_string())?.contains("state UP") {
+                wait(&watch);
+                watch.take_news().map_err(|error| error.to_string())?;
+            }
             Ok(Self { near, far })
         };
         made()
@@ -170,6 +178,8 @@ fn a_scan_tells_what_there_is() {
         "ip route add fd00::1 dev eth0",
         "ip -6 route add default via fd00::1 dev eth0",
         "ip route add 10.3.0.0/16 dev lo",
+        "ip rule add from 10.1.0.0/24 to 10.2.0.0/16 fwmark 0x1/0xff priority 100 table 77",
+        "ip -6 rule add not iif eth0 priority 200 table 1078",
         "ip neigh add 10.1.0.1 lladdr 02:00:00:00:00:02 dev eth0 nud permanent",
         "ip neigh add fd00::1 lladdr 02:00:00:00:00:02 dev eth0 nud permanent",
         "ip neigh add 10.1.0.9 lladdr 02:00:00:00:00:03 dev eth0 nud reachable",
@@ -235,8 +245,16 @@ fn a_scan_tells_what_there_is() {
     assert_eq!(neighbours, [ip("10.1.0.1"), ip("fd00::1")]);
     assert!(scan.neighbours.iter().all(|neighbour| neighbour.mac == [2, 0, 0, 0, 0, 2]));
 
+    let [first, second] = &scan.rules[..] else { panic!("{:?}", scan.rules) };
+    assert_eq!((first.ipv6, first.priority, first.action, first.table, first.invert), (false, 100, 1, 77, false));
+    assert_eq!((first.source, first.destination), (Some((ip("10.1.0.0"), 24)), Some((ip("10.2.0.0"), 16))));
+    assert_eq!((first.mark, &*first.incoming), ((1, 0xff), ""));
+    assert_eq!((second.ipv6, second.priority, second.table, second.invert), (true, 200, 1078, true));
+    assert_eq!((second.source, &*second.incoming, &*second.outgoing), (None, "eth0", ""));
+
     let request = scan.request(&[(eth0.index, [2, 9, 9, 9, 9, 9])]);
     assert_eq!((request.interfaces.len(), request.routes.len(), request.neighbours.len()), (1, 7, 2));
+    assert_eq!(request.rules.len(), 2);
     assert_eq!(request.interfaces[0].device_mac, [2, 9, 9, 9, 9, 9]);
     let nothing = scan.request(&[]);
     let kinds: Vec<_> = nothing.routes.iter().map(|route| route.kind).collect();

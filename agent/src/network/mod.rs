@@ -5,6 +5,7 @@
 mod interfaces;
 mod netlink;
 mod routes;
+mod rules;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Mutex;
@@ -14,6 +15,7 @@ use katavm_protocol::agent::ConfigureNetworkRequest;
 use crate::error::Error;
 use crate::lock;
 use netlink::Netlink;
+use netlink_packet_route::AddressFamily;
 
 /// One request at a time: each is about all of the network.
 static TURN: Mutex<()> = Mutex::new(());
@@ -32,6 +34,9 @@ pub fn configure(request: &ConfigureNetworkRequest) -> Result<(), Error> {
     for neighbour in &request.neighbours {
         routes::add_neighbour(&mut netlink, &interfaces, neighbour)?;
     }
+    for rule in &request.rules {
+        rules::add(&mut netlink, rule)?;
+    }
     Ok(())
 }
 
@@ -44,6 +49,15 @@ fn ip(bytes: &[u8]) -> Result<Option<IpAddr>, Error> {
     let v6 = || <[u8; 16]>::try_from(bytes).map(|octets| Ipv6Addr::from(octets).into());
     let ip = v4.or_else(|_| v6()).map_err(|_| Error::Invalid(format!("{bytes:?} is no IP address")))?;
     Ok(Some(ip))
+}
+
+/// A version of IP.
+fn family(ip_version: u32) -> Result<AddressFamily, Error> {
+    match ip_version {
+        4 => Ok(AddressFamily::Inet),
+        6 => Ok(AddressFamily::Inet6),
+        other => Err(Error::Invalid(format!("there is no IP version {other}"))),
+    }
 }
 
 /// A number of the request that the kernel has in one byte.

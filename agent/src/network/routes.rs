@@ -12,7 +12,7 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::interfaces::Numbers;
 use super::netlink::Netlink;
-use super::{byte, ip};
+use super::{byte, family, ip};
 use crate::error::Error;
 
 fn number(interfaces: &Numbers, name: &str) -> Result<u32, Error> {
@@ -25,17 +25,15 @@ pub fn add_route(netlink: &mut Netlink, interfaces: &Numbers, route: &Route) -> 
     let message = message(interfaces, route)?;
     netlink.put(RouteNetlinkMessage::NewRoute(message)).map_err(|error| {
         let to = ip(&route.destination).ok().flatten().map_or_else(|| "default".into(), |ip| ip.to_string());
-        Error::io(format_args!("cannot add the route {to}/{} of table {}", route.prefix, route.table), error)
+        // What a kernel without it says of several hops, whatever they are.
+        let hint = if route.hops.len() > 1 { " (several hops take CONFIG_IP_ROUTE_MULTIPATH)" } else { "" };
+        Error::io(format_args!("cannot add the route {to}/{} of table {}{hint}", route.prefix, route.table), error)
     })
 }
 
 fn message(interfaces: &Numbers, route: &Route) -> Result<RouteMessage, Error> {
     let mut message = RouteMessage::default();
-    message.header.address_family = match route.ip_version {
-        4 => AddressFamily::Inet,
-        6 => AddressFamily::Inet6,
-        other => return Err(Error::Invalid(format!("there is no IP version {other}"))),
-    };
+    message.header.address_family = family(route.ip_version)?;
     message.header.destination_prefix_length = byte("the prefix length", route.prefix)?;
     message.header.table = u8::try_from(route.table).unwrap_or(RouteHeader::RT_TABLE_UNSPEC);
     message.header.kind = byte("the kind of route", route.kind)?.into();

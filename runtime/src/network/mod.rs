@@ -12,9 +12,9 @@ mod scan;
 mod slot;
 mod watch;
 
-pub use model::{Address, Hop, Interface, Neighbour, Route, Scan};
+pub use model::{Address, Hop, Interface, Neighbour, Route, Rule, Scan};
 pub use plug::{Plugged, plug};
-pub use slot::{random_mac, slot};
+pub use slot::{device, random_mac, slot};
 pub use watch::Watch;
 
 use std::io;

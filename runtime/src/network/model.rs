@@ -11,6 +11,8 @@ pub struct Scan {
     pub routes: Vec<Route>,
     /// The permanent ones.
     pub neighbours: Vec<Neighbour>,
+    /// All but the three that every namespace has.
+    pub rules: Vec<Rule>,
 }
 
 /// An interface.
@@ -91,6 +93,33 @@ pub struct Hop {
     pub onlink: bool,
     /// How much of the traffic it gets, from 1.
     pub weight: u32,
+}
+
+/// A routing rule: which table is asked for a packet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rule {
+    /// For IPv6.
+    pub ipv6: bool,
+    /// Lower ones come first.
+    pub priority: u32,
+    /// FR_ACT_*.
+    pub action: u8,
+    /// The table's number.
+    pub table: u32,
+    /// It is for packets that are not as described.
+    pub invert: bool,
+    /// Where a packet comes from, and bits of that; none is anywhere.
+    pub source: Option<(IpAddr, u8)>,
+    /// Where it goes.
+    pub destination: Option<(IpAddr, u8)>,
+    /// Type of service.
+    pub tos: u8,
+    /// The packet's mark and which bits of it count; 0 and 0 for any.
+    pub mark: (u32, u32),
+    /// By which interface it came; `lo` is from here. Empty for any.
+    pub incoming: String,
+    /// By which interface its socket wants it to go; empty for any.
+    pub outgoing: String,
 }
 
 /// A permanent entry of the neighbour table.

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use katavm_protocol::agent;
 
-use super::model::{Address, Hop, Interface, Neighbour, Route, Scan};
+use super::model::{Address, Hop, Interface, Neighbour, Route, Rule, Scan};
 
 impl Scan {
     /// The agent's request for the interfaces that are plugged into devices of the guest: pairs of an interface's
@@ -18,6 +18,7 @@ impl Scan {
             interfaces: interfaces.filter_map(|own| Some(interface(own, device(own.index)?))).collect(),
             routes: self.routes.iter().filter_map(|route| route_over(route, name)).collect(),
             neighbours: self.neighbours.iter().filter_map(|own| neighbour(own, name)).collect(),
+            rules: self.rules.iter().map(rule).collect(),
             ..Default::default()
         }
     }
@@ -81,6 +82,30 @@ fn route_over(own: &Route, name: impl Fn(u32) -> Option<String>) -> Option<agent
         hops: own.hops.iter().map(hop).collect::<Option<_>>()?,
         ..Default::default()
     })
+}
+
+fn rule(own: &Rule) -> agent::Rule {
+    let prefix = |of: Option<(IpAddr, u8)>| of.map(|(ip, bits)| (bytes(ip), bits.into())).unwrap_or_default();
+    let (source, source_prefix) = prefix(own.source);
+    let (destination, destination_prefix) = prefix(own.destination);
+    let (mark, mark_mask) = own.mark;
+    agent::Rule {
+        ip_version: if own.ipv6 { 6 } else { 4 },
+        priority: own.priority,
+        action: own.action.into(),
+        table: own.table,
+        invert: own.invert,
+        source,
+        source_prefix,
+        destination,
+        destination_prefix,
+        tos: own.tos.into(),
+        mark,
+        mark_mask,
+        incoming: own.incoming.clone(),
+        outgoing: own.outgoing.clone(),
+        ..Default::default()
+    }
 }
 
 fn neighbour(own: &Neighbour, name: impl Fn(u32) -> Option<String>) -> Option<agent::Neighbour> {

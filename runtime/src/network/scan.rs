@@ -12,10 +12,11 @@ use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteNextHop, RouteNextHopFlags,
     RouteProtocol, RouteType, RouteVia,
 };
-use rtnetlink::{Handle, RouteMessageBuilder};
+use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
+use rtnetlink::{Handle, IpVersion, RouteMessageBuilder};
 
 use super::NetworkError;
-use super::model::{Address, Hop, Interface, Neighbour, Route, Scan};
+use super::model::{Address, Hop, Interface, Neighbour, Route, Rule, Scan};
 use super::netlink::{converse, failed};
 use super::plug::TAP_PREFIX;
 use crate::host::network_setting;
@@ -63,7 +64,13 @@ async fn read(handle: &Handle) -> Result<Scan, NetworkError> {
     let neighbours = handle.neighbours().get().execute().try_collect::<Vec<_>>().await;
     let neighbours = neighbours.map_err(failed("list the neighbours"))?;
     let neighbours = neighbours.iter().filter_map(neighbour).filter(|neighbour| known(neighbour.interface)).collect();
-    Ok(Scan { interfaces, routes, neighbours })
+
+    let mut rules = Vec::new();
+    for version in [IpVersion::V4, IpVersion::V6] {
+        let messages = handle.rule().get(version).execute().try_collect::<Vec<_>>().await;
+        rules.extend(messages.map_err(failed("list the routing rules"))?.iter().filter_map(rule));
+    }
+    Ok(Scan { interfaces, routes, neighbours, rules })
 }
 
 fn v6_dump() -> RouteMessage {
@@ -216,6 +223,46 @@ fn via_ip(via: &RouteVia) -> Option<IpAddr> {
         RouteVia::Inet6(ip) => Some((*ip).into()),
         _ => None,
     }
+}
+
+/// None for the three that every namespace has, and for what says more than [`Rule`] can.
+fn rule(message: &RuleMessage) -> Option<Rule> {
+    let header = &message.header;
+    let mut rule = Rule {
+        ipv6: header.family == AddressFamily::Inet6,
+        priority: 0,
+        action: header.action.into(),
+        table: header.table.into(),
+        invert: header.flags.contains(RuleFlags::Invert),
+        source: None,
+        destination: None,
+        tos: header.tos,
+        mark: (0, 0),
+        incoming: String::new(),
+        outgoing: String::new(),
+    };
+    for attribute in &message.attributes {
+        match attribute {
+            RuleAttribute::Source(ip) => rule.source = Some((*ip, header.src_len)),
+            RuleAttribute::Destination(ip) => rule.destination = Some((*ip, header.dst_len)),
+            RuleAttribute::Priority(priority) => rule.priority = *priority,
+            RuleAttribute::Table(table) => rule.table = *table,
+            RuleAttribute::FwMark(mark) => rule.mark.0 = *mark,
+            RuleAttribute::FwMask(mask) => rule.mark.1 = *mask,
+            RuleAttribute::Iifname(name) => rule.incoming.clone_from(name),
+            RuleAttribute::Oifname(name) => rule.outgoing.clone_from(name),
+            RuleAttribute::SuppressPrefixLen(u32::MAX) | RuleAttribute::Protocol(_) => {}
+            other => {
+                log::warn!("a routing rule is left out of the guest's network, for its {other:?}");
+                return None;
+            }
+        }
+    }
+    let possible = [RuleAction::ToTable, RuleAction::Blackhole, RuleAction::Unreachable, RuleAction::Prohibit]
+        .contains(&header.action);
+    // Local, main and default.
+    let everywhere = [(0, 255), (32766, 254), (32767, 253)].contains(&(rule.priority, rule.table));
+    (possible && !everywhere).then_some(rule)
 }
 
 fn neighbour(message: &NeighbourMessage) -> Option<Neighbour> {

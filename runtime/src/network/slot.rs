@@ -5,6 +5,8 @@ use std::io;
 use katavm_devices::net::{Net, NetConfig, NetError, Offloads};
 use rustix::rand::{GetRandomFlags, getrandom};
 
+use super::Interface;
+
 /// An address for a device that has none of its own: local and random.
 ///
 /// # Errors
@@ -18,14 +20,26 @@ pub fn random_mac() -> io::Result<[u8; 6]> {
     Ok(mac)
 }
 
+/// A network device for an interface that is there already, with the interface's address; the tap is still to be
+/// attached. It takes any MTU, as the interface's may change.
+///
+/// # Errors
+/// When no random numbers or descriptors can be had.
+pub fn device(interface: &Interface) -> Result<Net, NetError> {
+    let mac = match interface.mac {
+        Some(mac) => mac,
+        None => random_mac()?,
+    };
+    Net::new(NetConfig { mac, mtu: None, offloads: Offloads::of_this_kernel() })
+}
+
 /// A network device without a link, for an interface that may come when the guest is running already. It takes
 /// any MTU; the guest's agent finds it by its address.
 ///
 /// # Errors
 /// When no random numbers or descriptors can be had.
 pub fn slot() -> Result<Net, NetError> {
-    let config = NetConfig { mac: random_mac()?, mtu: None, offloads: Offloads::of_this_kernel() };
-    Net::new(config)
+    Net::new(NetConfig { mac: random_mac()?, mtu: None, offloads: Offloads::of_this_kernel() })
 }
 
 #[cfg(test)]

@@ -69,6 +69,8 @@ impl Namespace {
             "-n katavm-e2e route add default via 10.77.0.1",
             "-n katavm-e2e -6 route add default via fd77::1",
             "-n katavm-e2e route add 192.0.2.0/24 via 10.77.0.7 metric 9",
+            "-n katavm-e2e route add default via 10.77.0.7 table 177",
+            "-n katavm-e2e rule add from 10.77.0.0/24 to 203.0.113.0/24 priority 99 table 177",
             "-n katavm-e2e neigh add 10.77.0.7 lladdr 02:00:00:00:07:07 dev eth0 nud permanent",
         ] {
             ip(line)?;
@@ -191,7 +193,12 @@ fn whole_network(context: &Context) -> Result<Verdict> {
     configure(&guest, &scan, &plugged, mac)?;
 
     let root = root(context)?;
-    let text = said(&guest, "c1", &root, "ip link; ip addr; ip route; ip -6 route; ip neigh")?;
+    let text = said(
+        &guest,
+        "c1",
+        &root,
+        "ip link; ip addr; ip route; ip -6 route; ip neigh; ip rule; ip route show table 177",
+    )?;
     let own = mac.map(|byte| format!("{byte:02x}")).join(":");
     says(
         &text,
@@ -203,6 +210,8 @@ fn whole_network(context: &Context) -> Result<Verdict> {
             "default via 10.77.0.1 dev eth0",
             "192.0.2.0/24 via 10.77.0.7 dev eth0 metric 9",
             "default via fd77::1 dev eth0",
+            "99: from 10.77.0.0/24 to 203.0.113.0/24 lookup 177",
+            "default via 10.77.0.7 dev eth0",
             "10.77.0.7 dev eth0 lladdr 02:00:00:00:07:07",
         ],
     )?;
