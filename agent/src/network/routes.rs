@@ -25,7 +25,9 @@ pub fn add_route(netlink: &mut Netlink, interfaces: &Numbers, route: &Route) -> 
     let message = message(interfaces, route)?;
     netlink.put(RouteNetlinkMessage::NewRoute(message)).map_err(|error| {
         let to = ip(&route.destination).ok().flatten().map_or_else(|| "default".into(), |ip| ip.to_string());
-        Error::io(format_args!("cannot add the route {to}/{} of table {}", route.prefix, route.table), error)
+        // What a kernel without it says of several hops, whatever they are.
+        let hint = if route.hops.len() > 1 { " (several hops take CONFIG_IP_ROUTE_MULTIPATH)" } else { "" };
+        Error::io(format_args!("cannot add the route {to}/{} of table {}{hint}", route.prefix, route.table), error)
     })
 }
 

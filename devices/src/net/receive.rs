@@ -89,7 +89,7 @@ impl Net {
         let mut budget = TURN;
         // Kicks of this queue matter only while it lacks buffers.
         self.queues.disable_kicks(RX);
-        while budget > 0 && self.link.readable && self.gather(&mut used) {
+        while budget > 0 && self.link.readable && self.gather(&mut used, &mut budget) {
             budget -= 1;
             used |= self.packet(&memory);
         }
@@ -99,8 +99,9 @@ impl Net {
         budget == 0 && self.queues.is_active()
     }
 
-    /// Takes buffers until there is room for whatever comes; false when there are too few now.
-    fn gather(&mut self, used: &mut bool) -> bool {
+    /// Takes buffers until there is room for whatever comes; false when there are too few now. Buffers without a use
+    /// count as packets.
+    fn gather(&mut self, used: &mut bool, budget: &mut usize) -> bool {
         let (bytes, chains) = self.room_needed();
         while self.rooms.bytes < bytes && self.rooms.chains.len() < chains {
             let Some(chain) = self.queues.pop(RX) else {
@@ -116,6 +117,10 @@ impl Net {
                 debug!("a receive buffer of {room} bytes has no use: given back empty");
                 self.queues.add_used(RX, chain.head(), 0);
                 *used = true;
+                *budget -= 1;
+                if *budget == 0 {
+                    return false;
+                }
             }
         }
         self.queues.is_active()

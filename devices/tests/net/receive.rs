@@ -98,6 +98,24 @@ fn useless_buffers_come_back_empty() {
 }
 
 #[test]
+fn useless_buffers_are_taken_in_turns_as_well() {
+    let (mut driver, far) = Driver::attached();
+    driver.machine.run();
+    far.send(&packet(60, 12)).unwrap();
+    let table = driver.machine.rings[RX].desc;
+    for head in 0..256 {
+        driver.machine.describe(table, head, writable(WRITABLE, 12));
+        driver.machine.offer(RX, head);
+    }
+    driver.machine.turn();
+    assert_eq!(driver.machine.used(RX).len(), 64);
+    driver.machine.run();
+    assert_eq!(driver.machine.used(RX).len(), 192);
+    driver.offer_rooms(0..MANY, ROOM);
+    assert_eq!(driver.received(ROOM), [(0, in_buffers(packet(60, 12), 1))]);
+}
+
+#[test]
 fn work_that_the_driver_did_not_agree_to_is_not_left_to_it() {
     let offloads = Offloads::CSUM | Offloads::TSO4;
     let (mut driver, far) = Driver::with(NetConfig { offloads, ..settings() }, !F_EVENT_IDX).attach();
