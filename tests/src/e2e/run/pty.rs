@@ -109,7 +109,7 @@ impl<'a> Session<'a> {
         self.katavm.kill()
     }
 
-    /// Its children: the watcher.
+    /// Its children: the watcher and the stand-in.
     pub fn children(&self) -> Result<Vec<Pid>> {
         let pid = self.pid().as_raw_nonzero();
         let list = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
