@@ -1,8 +1,9 @@
 //! The sandbox's control group on the host, by libcgroups: a folder of cgroup v2, or a scope that systemd makes.
 
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Read, Seek};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use libcgroups::common::{
     AnyCgroupManager, CgroupConfig, CgroupManager as _, CgroupSetup, ControllerOpt, create_cgroup_manager,
@@ -10,7 +11,11 @@ use libcgroups::common::{
 };
 use libcgroups_nix::unistd::Pid;
 use oci_spec::runtime::LinuxResources;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
+
+/// How long killed processes may take to end.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Where a control group is, by what an engine says of it. It is no proof that there is one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -78,7 +83,33 @@ impl Cgroup {
             // The root is the one group that takes processes whatever is below it (cgroups(7)).
             fs::write("/sys/fs/cgroup/cgroup.procs", std::process::id().to_string())?;
         }
+        if !self.systemd {
+            self.empty()?;
+        }
         self.manager()?.remove().map_err(|error| self.failed("remove", &error))
+    }
+
+    /// Kills what is in it, and waits for the end of that: a group with processes cannot be removed.
+    fn empty(&self) -> io::Result<()> {
+        let folder = Path::new("/sys/fs/cgroup").join(self.path.strip_prefix("/").unwrap_or(&self.path));
+        let mut events =
+            match fs::write(folder.join("cgroup.kill"), "1").and_then(|()| File::open(folder.join("cgroup.events"))) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+                events => events?,
+            };
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let mut text = String::new();
+            events.rewind()?;
+            events.read_to_string(&mut text)?;
+            let left = deadline.saturating_duration_since(Instant::now());
+            if text.lines().any(|line| line == "populated 0") || left.is_zero() {
+                return Ok(());
+            }
+            // The kernel tells of a change by POLLPRI (cgroups(7), "cgroup.events").
+            let timeout = Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: left.subsec_nanos().into() };
+            poll(&mut [PollFd::new(&events, PollFlags::PRI)], Some(&timeout))?;
+        }
     }
 
     /// Whether a group, from the root of cgroup v2, is this one or in it.

@@ -62,8 +62,11 @@ impl Started {
     pub fn watcher(&self) -> Option<Pid> {
         let id = self.id();
         let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap_or_default();
-        let mut pids = children.split_ascii_whitespace().filter_map(|pid| pid.parse().ok());
-        pids.find_map(Pid::from_raw)
+        let named = |pid: &&str| {
+            fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim_end() == "katavm-watcher")
+        };
+        let pid = children.split_ascii_whitespace().find(named)?;
+        Pid::from_raw(pid.parse().ok()?)
     }
 
     /// Sends it a signal; one that has ended needs none.

@@ -1,0 +1,289 @@
+//! The OCI runtime command line, as engines and people use it, and Podman on top of it.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::{Value, json};
+
+use super::leftovers::Traces;
+use super::run::bundle;
+use super::{Context, Table, Verdict};
+
+/// The table.
+pub const CASES: Table = (
+    "oci",
+    &[
+        ("a_container_lives_through_every_command", lifecycle),
+        ("execs_have_streams_codes_and_stand_ins", execs),
+        ("a_stand_in_is_what_an_engine_takes_for_the_process", stand_in),
+        ("hooks_run_in_order_with_the_state", hooks),
+        ("a_killed_sandbox_process_is_a_stopped_container", killed),
+        ("what_cannot_be_done_is_refused", refusals),
+        ("podman_runs_a_container", podman_run),
+        ("podman_execs_copies_pauses_and_stops", podman_container),
+    ],
+);
+
+/// Runs a script of bash with `set -u` in the case's folder, and gives its standard output; its end must be good.
+fn script(context: &Context, text: &str) -> Result<String> {
+    let output = Command::new("bash").args(["-euc", text]).current_dir(context.scratch()).output()?;
+    context.note("stdout", output.stdout.clone());
+    context.note("stderr", output.stderr.clone());
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(output.status.success(), "{}: {told}", output.status);
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+fn expect(output: &str, lines: &[&str]) -> Result<()> {
+    let got: Vec<_> = output.lines().collect();
+    ensure!(got == lines, "{got:#?} instead of {lines:#?}");
+    Ok(())
+}
+
+fn sleeping(context: &Context) -> Result<()> {
+    bundle(context, &["sh", "-c", "echo started; sleep 1000"], |_| ())?;
+    Ok(())
+}
+
+fn lifecycle(context: &Context) -> Result<Verdict> {
+    sleeping(context)?;
+    let traces = Traces::of(context.scratch());
+    let output = script(
+        context,
+        "state() { katavm state c1 | grep -o '\"status\": \"[a-z]*\"'; }
+         katavm create --pid-file pid c1 </dev/null >out 2>&1; state; cat out
+         katavm list | awk 'NR == 2 { print $1, $3 }'
+         katavm start c1; state
+         katavm exec c1 uname -r
+         katavm ps c1 | awk 'NR == 2 { print $1, $8, $9 }'
+         katavm ps --format json c1 | grep -c '^\\[[0-9]*\\]$'
+         katavm pause c1; state; katavm exec c1 true || echo no exec
+         katavm resume c1; state
+         katavm update --pids-limit 77 c1; katavm events --stats c1 | grep -o '\"limit\":77'
+         katavm delete c1 || echo not deleted
+         katavm kill c1 KILL; until [ \"$(state)\" = '\"status\": \"stopped\"' ]; do :; done; state
+         katavm delete c1; katavm state c1 || echo gone; cat out",
+    )?;
+    let kernel = context.kernel_release()?;
+    let lines = [
+        "\"status\": \"created\"",
+        "c1 created",
+        "\"status\": \"running\"",
+        &kernel,
+        "0 sleep 1000",
+        "1",
+        "\"status\": \"paused\"",
+        "no exec",
+        "\"status\": \"running\"",
+        "\"limit\":77",
+        "not deleted",
+        "\"status\": \"stopped\"",
+        "gone",
+        "started",
+    ];
+    expect(&output, &lines)?;
+    traces.expect_nothing_new()?;
+    Ok(Verdict::Passed)
+}
+
+fn execs(context: &Context) -> Result<Verdict> {
+    sleeping(context)?;
+    let traces = Traces::of(context.scratch());
+    let output = script(
+        context,
+        "katavm run -d c1 </dev/null >out 2>&1
+         seq 1 100000 | katavm exec c1 cat | sha256sum | cut -c 1-8; seq 1 100000 | sha256sum | cut -c 1-8
+         katavm exec c1 sh -c 'echo out; echo err >&2; exit 5' 2>err || echo code $?; cat err
+         katavm exec c1 sh -c 'kill -9 $$' || echo code $?
+         katavm exec --user 12:34 --cwd /tmp --env A=b c1 sh -c 'id -u; id -g; pwd; echo $A'
+         katavm exec c1 nosuch 2>&1 | grep -o 'exec: .*'
+         katavm exec -d --pid-file pid c1 sh -c 'echo later; sleep 500' >later 2>&1
+         kill -0 $(cat pid); katavm ps c1 | grep -c 'sleep 500'
+         kill -TERM $(cat pid); while [ -e /proc/$(cat pid) ]; do :; done; katavm ps c1 | grep -c 'sleep 500' || echo ended
+         for n in 1 2 3 4 5; do katavm exec c1 sh -c \"head -c 1000000 /dev/zero | tr '\\\\0' $n\" >x$n & done; wait
+         for n in 1 2 3 4 5; do tr -d $n <x$n | wc -c; wc -c <x$n; done | sort -u
+         katavm delete --force c1; cat later",
+    )?;
+    let sum = output.lines().next().context("no output")?.to_owned();
+    let lines = [
+        sum.as_str(),
+        &sum,
+        "out",
+        "code 5",
+        "err",
+        "code 137",
+        "12",
+        "34",
+        "/tmp",
+        "b",
+        "exec: \"nosuch\": executable file not found in $PATH",
+        "1",
+        "0",
+        "ended",
+        "0",
+        "1000000",
+        "later",
+    ];
+    expect(&output, &lines)?;
+    traces.expect_nothing_new()?;
+    Ok(Verdict::Passed)
+}
+
+fn stand_in(context: &Context) -> Result<Verdict> {
+    let folder = bundle(context, &["sleep", "1000"], |config| {
+        config["linux"]["cgroupsPath"] = json!("/engine/c1");
+        config["mounts"].as_array_mut().into_iter().for_each(|mounts| {
+            mounts.push(json!({"destination": "/data", "type": "bind", "source": "data", "options": ["rbind", "ro"]}));
+        });
+    })?;
+    fs::create_dir(folder.join("data"))?;
+    fs::write(folder.join("data/file"), "shared\n")?;
+    let output = script(
+        context,
+        "katavm create --pid-file pid c1 </dev/null >out 2>&1; pid=$(cat pid)
+         cat /proc/$pid/cgroup; cat /proc/$pid/root/data/file
+         nsenter -t $pid -m -p sh -c 'echo $$; ls /proc | grep -c ^1$; echo x >/data/file || echo read only; echo host >/etc/motd'
+         katavm start c1; katavm exec c1 cat /etc/motd
+         for ns in net ipc uts pid mnt; do [ $(readlink /proc/$pid/ns/$ns) != $(readlink /proc/self/ns/$ns) ]; done
+         kill -KILL $pid; until katavm state c1 | grep -q stopped; do :; done; katavm delete c1; ls /sys/fs/cgroup/engine",
+    )?;
+    let lines: Vec<_> = output.lines().collect();
+    ensure!(lines.first() == Some(&"0::/engine/c1"), "{lines:?}");
+    ensure!(lines.get(1) == Some(&"shared") && lines.get(3..) == Some(&["1", "read only", "host"]), "{lines:?}");
+    fs::remove_dir("/sys/fs/cgroup/engine")?;
+    Ok(Verdict::Passed)
+}
+
+fn hooks(context: &Context) -> Result<Verdict> {
+    let hook = |name: &str, script: &str| {
+        let text =
+            format!("echo {name} $(grep -o '\"status\":\"[a-z]*\"') >>{}/order; {script}", context.scratch().display());
+        json!([{ "path": "/bin/sh", "args": ["sh", "-c", text], "env": ["PATH=/usr/bin:/bin"] }])
+    };
+    bundle(context, &["sleep", "1000"], |config| {
+        config["hooks"] = json!({
+            "prestart": hook("prestart", ""),
+            "createRuntime": hook("createRuntime", ""),
+            "createContainer": hook("createContainer", ""),
+            "poststart": hook("poststart", ""),
+            "poststop": hook("poststop", ""),
+        });
+    })?;
+    let output =
+        script(context, "katavm create c1 </dev/null >out 2>&1; katavm start c1; katavm delete --force c1; cat order")?;
+    let lines = [
+        "prestart \"status\":\"creating\"",
+        "createRuntime \"status\":\"creating\"",
+        "createContainer \"status\":\"creating\"",
+        "poststart \"status\":\"running\"",
+        "poststop \"status\":\"stopped\"",
+    ];
+    expect(&output, &lines)?;
+    bundle_with_failing_hook(context)?;
+    let traces = Traces::of(context.scratch());
+    let told = script(context, "katavm create c2 </dev/null 2>&1 || echo code $?")?;
+    ensure!(told.contains("error running createRuntime hook #0") && told.contains("no luck"), "{told}");
+    ensure!(told.ends_with("code 1\n"), "{told}");
+    traces.expect_nothing_new()?;
+    Ok(Verdict::Passed)
+}
+
+fn bundle_with_failing_hook(context: &Context) -> Result<()> {
+    let path = context.scratch().join("config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path)?)?;
+    config["hooks"] = json!({ "createRuntime": [{ "path": "/bin/sh", "args": ["sh", "-c", "echo no luck; exit 3"] }] });
+    Ok(fs::write(path, config.to_string())?)
+}
+
+fn killed(context: &Context) -> Result<Verdict> {
+    sleeping(context)?;
+    let traces = Traces::of(context.scratch());
+    let output = script(
+        context,
+        "katavm run -d --pid-file pid c1 </dev/null >out 2>&1
+         pkill -KILL -x katavm-sandbox; while [ -e /proc/$(cat pid) ]; do :; done
+         katavm state c1 | grep -o '\"status\": \"[a-z]*\"'; katavm start c1 2>&1 || true
+         katavm create c1 2>&1 || true; katavm delete c1; katavm list -q
+         katavm run -d c2 </dev/null >out 2>&1; pkill -KILL -x 'katavm-sandbox|katavm-watcher'; katavm delete --force c2",
+    )?;
+    let lines = [
+        "\"status\": \"stopped\"",
+        "katavm: cannot start a container that has stopped",
+        "katavm: container with id c1 exists already: delete it first",
+    ];
+    expect(&output, &lines)?;
+    traces.expect_nothing_new()?;
+    Ok(Verdict::Passed)
+}
+
+fn refusals(context: &Context) -> Result<Verdict> {
+    sleeping(context)?;
+    let output = script(
+        context,
+        "katavm start nosuch 2>&1 || echo code $?
+         katavm delete --force nosuch; katavm delete nosuch 2>&1 || echo code $?
+         katavm create c1 </dev/null >out 2>&1
+         katavm create c1 2>&1 || true; katavm exec c1 true 2>&1 || true; katavm kill c1 NOSIG 2>&1 | grep -o 'unknown signal.*'
+         katavm start c1; katavm start c1 2>&1 || true; katavm resume c1 2>&1 || true
+         katavm exec --preserve-fds 2 c1 true 2>&1 || true
+         katavm delete --force c1",
+    )?;
+    let lines = [
+        "katavm: container nosuch does not exist",
+        "code 1",
+        "katavm: container nosuch does not exist",
+        "code 1",
+        "katavm: container with id c1 is already in use",
+        "katavm: cannot exec in a created container",
+        "unknown signal \"NOSIG\"",
+        "katavm: cannot start an already running container",
+        "katavm: container not paused",
+        "katavm: --preserve-fds: descriptors of the host mean nothing in a guest with a kernel of its own",
+    ];
+    expect(&output, &lines)?;
+    Ok(Verdict::Passed)
+}
+
+/// Podman with an image of the case's root file system; `podman` in a script runs containers by katavm.
+fn podman(context: &Context, text: &str) -> Result<String> {
+    super::agent::rootfs(context)?;
+    let prelude = "podman() { command podman --runtime $(command -v katavm) \"$@\"; }
+        tar -C rootfs -c . | podman import - bb >import 2>&1\n";
+    script(context, &format!("{prelude}{text}"))
+}
+
+fn podman_run(context: &Context) -> Result<Verdict> {
+    fs::write(context.scratch().join("file"), "volume\n")?;
+    let output = podman(
+        context,
+        "podman run --rm --network none bb uname -r
+         podman run --rm --network none bb sh -c 'exit 7' || echo code $?
+         echo typed | podman run --rm -i --network none bb cat
+         podman run --rm --network none -v $PWD:/mnt:ro --user 1000:1000 --memory 100m --pids-limit 50 --cpus 1 --read-only \\
+             --cap-drop=all bb sh -c 'id -u; cat /mnt/file; touch /x 2>/dev/null || echo read only'
+         podman ps -aq",
+    )?;
+    let kernel = context.kernel_release()?;
+    expect(&output, &[&kernel, "code 7", "typed", "1000", "volume", "read only"])?;
+    Ok(Verdict::Passed)
+}
+
+fn podman_container(context: &Context) -> Result<Verdict> {
+    let traces = Traces::of(Path::new("/nonexistent"));
+    let output = podman(
+        context,
+        "podman run -d --name w --network none bb sh -c 'trap \"exit 3\" TERM; echo a line; while :; do sleep 1; done' >id
+         until podman logs w | grep -q line; do :; done; podman logs w
+         podman exec w sh -c 'echo in exec; exit 4' || echo code $?
+         echo data >f; podman cp f w:/etc/f; podman exec w cat /etc/f; podman exec w sh -c 'echo back >/etc/g'; podman cp w:/etc/g g; cat g
+         podman inspect w --format '{{.State.Status}}'
+         podman pause w >p; podman ps --format '{{.Status}}' | grep -o Paused; podman unpause w >p
+         podman stop -t 20 w >p; podman wait w; podman rm w >p; podman ps -aq",
+    )?;
+    expect(&output, &["a line", "in exec", "code 4", "data", "back", "running", "Paused", "3"])?;
+    let left: Vec<_> = traces.new_ones().into_iter().filter(|trace| trace.contains("katavm")).collect();
+    ensure!(left.is_empty(), "left behind: {left:?}");
+    Ok(Verdict::Passed)
+}
