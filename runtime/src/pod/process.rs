@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use katavm_protocol::agent::Exit;
 use tokio::sync::watch;
@@ -9,9 +10,13 @@ use tokio::sync::watch;
 use super::streams::Streams;
 use super::{Io, PodError};
 use crate::link::{FromStandIn, Link, ToStandIn};
+use crate::process::stdio::Inherited;
 use crate::process::terminal::{RawMode, Terminal, WindowSize};
 use crate::sandbox::Sandbox;
 use crate::sandbox::agent::{Agent, AgentError};
+
+/// How long the end of a further process waits for what it wrote to arrive.
+const EXEC_PATIENCE: Duration = Duration::from_secs(3);
 
 /// How far a process is.
 #[derive(Clone, Debug, PartialEq)]
@@ -53,6 +58,8 @@ impl Process {
         link: Option<Link>,
     ) -> Result<Arc<Self>, PodError> {
         let streams = Streams::connect(sandbox, container_id, exec_id, &io).await?;
+        // The streams have duplicates, which go when they end: whoever reads the other end of a pipe hears of that.
+        let io = Io { stdio: Inherited { stdin: None, stdout: None, stderr: None }, ..io };
         let size = Mutex::new(io.size());
         Ok(Arc::new(Self {
             container_id: container_id.into(),
@@ -144,7 +151,13 @@ impl Process {
             exit = self.agent.wait(&self.container_id, &self.exec_id) => match exit {
                 Ok(exit) => {
                     self.exited.store(true, Ordering::Relaxed);
-                    self.drain().await;
+                    if self.exec_id.is_empty() {
+                        // The others of its pid namespace have ended with it: nobody holds its streams open.
+                        self.drain().await;
+                    } else {
+                        // What it started may hold them open for as long as the container lives; they go on by themselves.
+                        let _ = tokio::time::timeout(EXEC_PATIENCE, self.drain()).await;
+                    }
                     self.end(exit);
                 }
                 // Its sandbox has ended: somebody else tells that.
@@ -183,7 +196,11 @@ impl Process {
     pub async fn drain(&self) {
         let mut given_up = self.given_up.subscribe();
         tokio::select! {
-            () = async { self.streams.lock().await.drained().await } => {}
+            () = async {
+                let mut streams = self.streams.lock().await;
+                streams.close_input();
+                streams.drained().await;
+            } => {}
             // The sender lives in this process.
             _ = given_up.wait_for(|given_up| *given_up) => {}
         }

@@ -26,9 +26,15 @@ pub const CASES: Table = (
     ],
 );
 
+/// Seconds that a script may take, emulated and on a busy machine.
+const LIMIT: &str = "240";
+
 /// Runs a script of bash with `set -u` in the case's folder, and gives its standard output; its end must be good.
 fn script(context: &Context, text: &str) -> Result<String> {
-    let output = Command::new("bash").args(["-euc", text]).current_dir(context.scratch()).output()?;
+    let output = Command::new("timeout")
+        .args(["-k", "5", LIMIT, "bash", "-euc", text])
+        .current_dir(context.scratch())
+        .output()?;
     context.note("stdout", output.stdout.clone());
     context.note("stderr", output.stderr.clone());
     let told = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -57,7 +63,7 @@ fn lifecycle(context: &Context) -> Result<Verdict> {
          katavm list | awk 'NR == 2 { print $1, $3 }'
          katavm start c1; state
          katavm exec c1 uname -r
-         katavm ps c1 | awk 'NR == 2 { print $1, $8, $9 }'
+         katavm ps c1 | awk 'NR == 2 { print $1, $7, $8 }'
          katavm ps --format json c1 | grep -c '^\\[[0-9]*\\]$'
          katavm pause c1; state; katavm exec c1 true || echo no exec
          katavm resume c1; state
@@ -99,7 +105,7 @@ fn execs(context: &Context) -> Result<Verdict> {
          katavm exec c1 sh -c 'kill -9 $$' || echo code $?
          katavm exec --user 12:34 --cwd /tmp --env A=b c1 sh -c 'id -u; id -g; pwd; echo $A'
          katavm exec c1 nosuch 2>&1 | grep -o 'exec: .*'
-         katavm exec -d --pid-file pid c1 sh -c 'echo later; sleep 500' >later 2>&1
+         katavm exec -d --pid-file pid c1 sh -c 'echo later; exec sleep 500' >later 2>&1
          kill -0 $(cat pid); katavm ps c1 | grep -c 'sleep 500'
          kill -TERM $(cat pid); while [ -e /proc/$(cat pid) ]; do :; done; katavm ps c1 | grep -c 'sleep 500' || echo ended
          for n in 1 2 3 4 5; do katavm exec c1 sh -c \"head -c 1000000 /dev/zero | tr '\\\\0' $n\" >x$n & done; wait
@@ -147,7 +153,7 @@ fn stand_in(context: &Context) -> Result<Verdict> {
          nsenter -t $pid -m -p sh -c 'echo $$; ls /proc | grep -c ^1$; echo x >/data/file || echo read only; echo host >/etc/motd'
          katavm start c1; katavm exec c1 cat /etc/motd
          for ns in net ipc uts pid mnt; do [ $(readlink /proc/$pid/ns/$ns) != $(readlink /proc/self/ns/$ns) ]; done
-         kill -KILL $pid; until katavm state c1 | grep -q stopped; do :; done; katavm delete c1; ls /sys/fs/cgroup/engine",
+         kill -KILL $pid; until katavm state c1 | grep -q stopped; do :; done; katavm delete c1; find /sys/fs/cgroup/engine -mindepth 1 -type d",
     )?;
     let lines: Vec<_> = output.lines().collect();
     ensure!(lines.first() == Some(&"0::/engine/c1"), "{lines:?}");
