@@ -149,6 +149,7 @@ impl Work<'_> {
             let hangs = matches!(outcome, Err(PodError::Sandbox(SandboxError::Hangs { .. })));
             let agent = pod.as_deref().map(Pod::agent).filter(|_| !hangs);
             sandbox.shut_down(agent).await;
+            vm.hang_up();
             if let Some(pod) = &pod {
                 // The streams have ended with the machine: what was on its way is written still.
                 if tokio::time::timeout(LEFTOVER_PATIENCE, pod.drained()).await.is_err() {
@@ -208,6 +209,7 @@ impl Work<'_> {
         }
         tokio::select! {
             () = pod.deserted() => {}
+            lost = process.lost() => return Err(lost.into()),
             lost = sandbox.heartbeat_lost(pod.agent()) => return Err(lost.into()),
             failed = forward(&process, &signals, self.foreground) => return Err(failed),
         }

@@ -104,6 +104,17 @@ impl Microvm {
         reason
     }
 
+    /// Waits for its end and closes the host's ends of all streams: what the guest sent before has been passed on.
+    pub fn hang_up(&self) {
+        // Why it ended is told by `exit_reason`.
+        let _ = self.wait();
+        for device in &self.devices {
+            if let Device::Vsock(vsock) = device {
+                drop(lock(vsock).detach());
+            }
+        }
+    }
+
     /// The state of the paused machine, RAM apart.
     ///
     /// # Errors

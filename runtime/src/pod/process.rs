@@ -43,6 +43,8 @@ pub struct Process {
     size: Mutex<WindowSize>,
     /// It has ended, while what it wrote may still be on its way.
     exited: AtomicBool,
+    /// Why its end cannot be heard of any more.
+    lost: watch::Sender<Option<AgentError>>,
     /// Nobody waits any longer for what it wrote last.
     given_up: watch::Sender<bool>,
 }
@@ -72,6 +74,7 @@ impl Process {
             raw: Mutex::default(),
             size,
             exited: AtomicBool::new(false),
+            lost: watch::Sender::new(None),
             given_up: watch::Sender::new(false),
         }))
     }
@@ -91,6 +94,18 @@ impl Process {
             }
             // The sender lives in this process.
             let _ = phase.changed().await;
+        }
+    }
+
+    /// Returns when the conversation with the agent about it has broken off, with why.
+    pub async fn lost(&self) -> AgentError {
+        let mut lost = self.lost.subscribe();
+        loop {
+            if let Some(error) = &*lost.borrow_and_update() {
+                return error.clone();
+            }
+            // The sender lives in this process.
+            let _ = lost.changed().await;
         }
     }
 
@@ -160,8 +175,11 @@ impl Process {
                     }
                     self.end(exit);
                 }
-                // Its sandbox has ended: somebody else tells that.
-                Err(error) => log::debug!("{}: {error}", self.container_id),
+                Err(error) => {
+                    self.lost.send_replace(Some(error));
+                    // How it ended nobody knows; that it has is told with the end of its sandbox.
+                    self.wait().await;
+                }
             },
             () = self.heed_link() => {}
             // Ended from outside.

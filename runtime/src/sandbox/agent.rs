@@ -25,7 +25,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const LATER: Duration = Duration::from_secs(5);
 
 /// Why the agent did not do what it was asked for.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum AgentError {
     /// It said no, and why.
     #[error("{0}")]

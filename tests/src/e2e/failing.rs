@@ -56,7 +56,10 @@ fn privileged(context: &Context, script: &str) -> Result<PathBuf> {
 /// More of busybox than other cases need.
 fn applets(bundle: &Path) -> Result<()> {
     for applet in ["reboot", "poweroff", "mknod", "mount", "sleep", "tail", "dd", "kill"] {
-        symlink("busybox", bundle.join("rootfs/bin").join(applet))?;
+        let link = bundle.join("rootfs/bin").join(applet);
+        if !link.is_symlink() {
+            symlink("busybox", link)?;
+        }
     }
     Ok(())
 }
