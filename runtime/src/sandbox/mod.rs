@@ -230,13 +230,13 @@ impl Sandbox {
         if self.machine.end().is_some() {
             return;
         }
+        let Some(agent) = agent else { return self.machine.stop() };
         let orderly = async {
-            match agent {
+            tokio::select! {
                 // The answer may get lost in the end itself.
-                Some(agent) => drop(agent.destroy_sandbox().await),
-                None => return,
+                _ = self.ended() => {}
+                _ = agent.destroy_sandbox() => drop(self.ended().await),
             }
-            self.ended().await;
         };
         if timeout(END_PATIENCE, orderly).await.is_err() {
             log::warn!("the guest did not end when it was told to: stopped by force");

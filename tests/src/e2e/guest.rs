@@ -197,7 +197,8 @@ impl Guest {
     /// When it ends otherwise.
     pub fn end(self) -> Result<()> {
         // The reply may not arrive: the machine is gone by then.
-        let _ = self.runtime.block_on(self.agent.destroy_sandbox(Self::soon(), &Empty::default()));
+        let soon = ttrpc::context::with_timeout(Duration::from_secs(5).as_nanos() as i64);
+        let _ = self.runtime.block_on(self.agent.destroy_sandbox(soon, &Empty::default()));
         let reason = self.vm.wait();
         // The emulated SVM of the lab refuses the agent's I/O port after a restore (agent/src/end.rs): it then reboots.
         let expected = reason == ExitReason::Orderly || self.rebuilt && reason == ExitReason::Reset;
