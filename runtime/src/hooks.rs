@@ -84,6 +84,16 @@ pub fn run(hooks: Option<&Hooks>, point: Point, state: &Value) -> Result<(), Hoo
     Ok(())
 }
 
+/// Runs the hooks of all points before there is a container; after a failure those that follow its end.
+///
+/// # Errors
+/// Which hook failed.
+pub fn run_before(hooks: Option<&Hooks>, state: &Value) -> Result<(), HookError> {
+    let points = [Point::Prestart, Point::CreateRuntime, Point::CreateContainer];
+    let outcome = points.into_iter().try_for_each(|point| run(hooks, point, state));
+    outcome.inspect_err(|_| run_all(hooks, Point::Poststop, state))
+}
+
 /// Runs them all, whether one fails or not; failures are warned of.
 pub fn run_all(hooks: Option<&Hooks>, point: Point, state: &Value) {
     for (index, hook) in hooks.map(|hooks| at(hooks, point)).unwrap_or_default().iter().enumerate() {

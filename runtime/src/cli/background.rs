@@ -7,7 +7,7 @@ use rustix::process::{Pid, WaitOptions, waitpid};
 
 use super::arguments::{Front, Global};
 use super::{console, pid_file, state_root};
-use crate::hooks::{self, Point};
+use crate::hooks;
 use crate::host::{self, Fork};
 use crate::launch::Launch;
 use crate::pod::Io;
@@ -36,10 +36,8 @@ pub fn make(global: &Global, launch: &Launch, front: &Front) -> anyhow::Result<(
     let record = recorded(launch, stand_in);
     let hooks = record.hooks.as_ref();
     let told = record.for_hooks(Status::Creating);
-    for point in [Point::Prestart, Point::CreateRuntime, Point::CreateContainer] {
-        // The stand-in ends with its link.
-        hooks::run(hooks, point, &told).inspect_err(|_| hooks::run_all(hooks, Point::Poststop, &told))?;
-    }
+    // After a failure the stand-in ends with its link.
+    hooks::run_before(hooks, &told)?;
     let (report, reported) = supervise::report().context("cannot make a pipe")?;
     match host::fork().context("cannot make the sandbox process")? {
         Fork::Child => {

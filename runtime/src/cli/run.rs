@@ -60,10 +60,7 @@ pub fn run(global: &Global, options: Run, mut timings: Timings) -> anyhow::Resul
     let state_now = record.for_hooks(Status::Creating);
     let directory = state.path().to_owned();
     let journal = Journal::new(state, record);
-    for point in [Point::Prestart, Point::CreateRuntime, Point::CreateContainer] {
-        hooks::run(hooks.as_ref(), point, &state_now)
-            .inspect_err(|_| hooks::run_all(hooks.as_ref(), Point::Poststop, &state_now))?;
-    }
+    hooks::run_before(hooks.as_ref(), &state_now)?;
     launch.enter_cgroup(stand_in.as_raw_nonzero().get().unsigned_abs())?;
     probe::ensure(&root)?;
     let io = Io {
