@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use nix::sched::CloneFlags;
-use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxNamespaceType, LinuxResources};
+use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxNamespace, LinuxNamespaceType, LinuxResources};
 use rustix::process::{Pid, geteuid};
 
 use crate::config::{Bundle, ConfigError};
@@ -37,6 +37,14 @@ pub enum LaunchError {
         /// What the system said.
         error: io::Error,
     },
+    /// It is the host's.
+    #[error("linux.namespaces: {0} is the host's network, which a guest cannot share")]
+    HostNetwork(PathBuf),
+    /// Only root may plug a guest into it.
+    #[error(
+        "linux.namespaces: a guest can be plugged into the network namespace {0} by root only; leave the path out for a network without interfaces"
+    )]
+    NeedsRoot(PathBuf),
     /// The control group on the host.
     #[error(transparent)]
     Cgroup(io::Error),
@@ -75,6 +83,18 @@ pub struct Launch {
     pub console: bool,
     /// Where its processes are on the host; nothing for an ordinary user, who may have no such group.
     pub cgroup: Option<Cgroup>,
+}
+
+/// The process on the host that an engine takes for the container's.
+#[derive(Debug)]
+pub struct StandIn {
+    /// Itself.
+    pub pid: Pid,
+    /// Its link.
+    pub link: OwnedFd,
+    /// Its network namespace, which is to become the guest's network; none for an ordinary user's, who may not plug
+    /// anything into one.
+    pub netns: Option<OwnedFd>,
 }
 
 impl Launch {
@@ -128,26 +148,43 @@ impl Launch {
         entered.and_then(|()| cgroup.limit(&limits)).map_err(LaunchError::Cgroup)
     }
 
-    /// Forks the stand-in: its pid, and the other end of its link.
+    /// Forks the stand-in, which is in its namespaces when this returns.
     ///
     /// # Errors
     /// [`LaunchError::Namespace`] and [`LaunchError::StandIn`].
-    pub fn start_stand_in(&self, terminal: Option<OwnedFd>) -> Result<(Pid, OwnedFd), LaunchError> {
+    pub fn start_stand_in(&self, terminal: Option<OwnedFd>) -> Result<StandIn, LaunchError> {
         let (ours, theirs) = crate::link::pair().map_err(LaunchError::StandIn)?;
         // An ordinary user's has no namespaces of its own: nothing but the guest keeps the container apart then.
         let (namespaces, view) = match geteuid().is_root() {
             true => (self.namespaces()?, Some(self.plan.view.clone())),
-            false => (Namespaces::default(), None),
+            false => (self.no_namespaces()?, None),
         };
         let plan = standin::Plan { namespaces, view, terminal };
         let pid = standin::start(plan, theirs).map_err(LaunchError::StandIn)?;
-        Ok((pid, ours))
+        standin::await_entry(&ours).map_err(LaunchError::StandIn)?;
+        let netns = geteuid().is_root().then(|| {
+            let path = PathBuf::from(format!("/proc/{}/ns/net", pid.as_raw_nonzero()));
+            host::open_namespace(&path).map_err(|error| LaunchError::Namespace { path, error })
+        });
+        Ok(StandIn { pid, link: ours, netns: netns.transpose()? })
+    }
+
+    fn no_namespaces(&self) -> Result<Namespaces, LaunchError> {
+        let network = |namespace: &&LinuxNamespace| namespace.typ() == LinuxNamespaceType::Network;
+        match self.listed_namespaces().iter().find(network).and_then(|network| network.path().as_ref()) {
+            Some(path) => Err(LaunchError::NeedsRoot(path.clone())),
+            None => Ok(Namespaces::default()),
+        }
+    }
+
+    fn listed_namespaces(&self) -> &[LinuxNamespace] {
+        let linux = self.bundle.spec.linux().as_ref();
+        linux.and_then(|linux| linux.namespaces().as_deref()).unwrap_or_default()
     }
 
     fn namespaces(&self) -> Result<Namespaces, LaunchError> {
         let mut result = Namespaces { new: CloneFlags::CLONE_NEWNS, joined: Vec::new(), pid: false };
-        let linux = self.bundle.spec.linux().as_ref();
-        for namespace in linux.and_then(|linux| linux.namespaces().as_deref()).unwrap_or_default() {
+        for namespace in self.listed_namespaces() {
             let flag = match namespace.typ() {
                 LinuxNamespaceType::Ipc => CloneFlags::CLONE_NEWIPC,
                 LinuxNamespaceType::Uts => CloneFlags::CLONE_NEWUTS,
@@ -164,7 +201,11 @@ impl Launch {
             match namespace.path() {
                 Some(path) => {
                     let failed = |error| LaunchError::Namespace { path: path.clone(), error };
-                    result.joined.push(host::open_namespace(path).map_err(failed)?);
+                    let joined = host::open_namespace(path).map_err(failed)?;
+                    if flag == CloneFlags::CLONE_NEWNET && host::is_own_network(&joined).map_err(failed)? {
+                        return Err(LaunchError::HostNetwork(path.clone()));
+                    }
+                    result.joined.push(joined);
                 }
                 None => result.new |= flag,
             }

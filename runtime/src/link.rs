@@ -35,6 +35,8 @@ pub enum ToStandIn {
 /// From the one that stands for a container's process to the sandbox process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FromStandIn {
+    /// It is in its namespaces, or why not: its first message.
+    Entered(Result<(), String>),
     /// Its view of the container's file systems is made, or why not.
     Settled(Result<(), String>),
     /// It received this signal.

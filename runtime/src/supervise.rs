@@ -13,9 +13,10 @@ use katavm_vmm::{ExitReason, Microvm};
 use serde::{Deserialize, Serialize};
 
 use crate::hooks::{self, Point};
-use crate::launch::Launch;
+use crate::launch::{Launch, StandIn};
 use crate::link::Link;
-use crate::pod::{Io, NewContainer, Phase, Pod, PodError, Process};
+use crate::network::GuestNetwork;
+use crate::pod::{Io, Network, NewContainer, Phase, Pod, PodError, Process};
 use crate::process::signals::{Listening, Received, Signals};
 use crate::sandbox::vm::{self, Boot, ReadyPort, Started};
 use crate::sandbox::{Sandbox, SandboxError, blocking, probe, share};
@@ -38,8 +39,8 @@ pub enum Mode {
 pub struct Outside {
     /// Its streams.
     pub io: Io,
-    /// To its stand-in.
-    pub link: OwnedFd,
+    /// What speaks for it.
+    pub stand_in: StandIn,
     /// Meant for it.
     pub signals: Signals,
     /// Where its state is written down.
@@ -102,9 +103,9 @@ pub fn supervise(launch: &Launch, outside: Outside, mode: Mode, timings: &mut Ti
             false
         }
     };
-    let outcome = boot(launch).and_then(|started| {
+    let outcome = boot(launch, &outside.stand_in).and_then(|(started, network)| {
         let work = Work { launch, foreground, report: &mut report, timings };
-        work.run(started, outside)
+        work.run(started, network, outside)
     });
     let outcome = outcome.map_err(explain);
     if let (Some(report), Err(error)) = (report, &outcome) {
@@ -113,11 +114,15 @@ pub fn supervise(launch: &Launch, outside: Outside, mode: Mode, timings: &mut Ti
     outcome
 }
 
-fn boot(launch: &Launch) -> anyhow::Result<Started> {
+fn boot(launch: &Launch, stand_in: &StandIn) -> anyhow::Result<(Started, Option<GuestNetwork>)> {
     let console = launch.console.then(|| io::stderr().as_fd().try_clone_to_owned());
     let console = console.transpose().context("cannot duplicate standard error")?;
     let share = share::open(&launch.plan.exports)?;
-    Ok(vm::boot(Boot { image: launch.image.clone(), size: launch.plan.size, share, nets: Vec::new(), console })?)
+    let netns = stand_in.netns.as_ref().map(OwnedFd::try_clone).transpose().context("cannot duplicate a descriptor")?;
+    let (network, nets) = netns.map(GuestNetwork::new).transpose()?.unzip();
+    let nets = nets.unwrap_or_default();
+    let started = vm::boot(Boot { image: launch.image.clone(), size: launch.plan.size, share, nets, console })?;
+    Ok((started, network))
 }
 
 struct Work<'a> {
@@ -128,19 +133,20 @@ struct Work<'a> {
 }
 
 impl Work<'_> {
-    fn run(mut self, started: Started, outside: Outside) -> anyhow::Result<Exit> {
+    fn run(mut self, started: Started, network: Option<GuestNetwork>, outside: Outside) -> anyhow::Result<Exit> {
         let Started { vm, host, ready } = started;
         let vm = Arc::new(vm);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let runtime = runtime.context("cannot start the runtime for the agent's service")?;
         let outcome = runtime.block_on(async {
+            let network = network.map(|network| Network::new(Arc::clone(&vm), network)).transpose()?;
             let machine = Arc::clone(&vm);
             let sandbox = Arc::new(Sandbox::new(machine, Arc::new(host))?);
             let mut pod = None;
             let exits = || vm.exits();
             let outcome = tokio::select! {
                 ended = sandbox.ended() => Err(ended.into()),
-                outcome = self.contain(&sandbox, ready, outside, &mut pod, &exits) => outcome,
+                outcome = self.contain(&sandbox, network, ready, outside, &mut pod, &exits) => outcome,
             };
             let outcome = match outcome {
                 Err(PodError::Sandbox(error)) => Err(sandbox.explain(error).await.into()),
@@ -169,6 +175,7 @@ impl Work<'_> {
     async fn contain(
         &mut self,
         sandbox: &Arc<Sandbox>,
+        network: Option<Network>,
         ready: ReadyPort,
         outside: Outside,
         pod: &mut Option<Arc<Pod>>,
@@ -177,7 +184,8 @@ impl Work<'_> {
         let signals = outside.signals.listen().map_err(|error| PodError::Signals(io::Error::other(error)))?;
         let made = async {
             let hostname = self.launch.bundle.spec.hostname().clone().unwrap_or_default();
-            let (prepared, ready) = Pod::prepare(sandbox, move |patience| ready.wait(patience), &hostname).await?;
+            let ready = move |patience| ready.wait(patience);
+            let (prepared, ready) = Pod::prepare(sandbox, network, ready, &hostname).await?;
             self.note_ready(&ready, exits());
             let pod = pod.insert(prepared);
             let stand_in = |error: io::Error| PodError::StandIn(error.to_string());
@@ -185,7 +193,7 @@ impl Work<'_> {
                 id: self.launch.id.to_string(),
                 spec: self.launch.plan.guest_spec.clone(),
                 io: outside.io,
-                link: Some(Link::new(outside.link).map_err(stand_in)?),
+                link: Some(Link::new(outside.stand_in.link).map_err(stand_in)?),
                 journal: outside.journal,
             };
             let process = pod.create(new).await?;
@@ -199,7 +207,7 @@ impl Work<'_> {
             interrupted = interrupted(&signals) => return Err(interrupted),
         };
         if self.foreground {
-            process.start().await?;
+            pod.start(self.launch.id.as_str(), "").await?;
             self.timings.mark(timings::RUNNING);
             let record = pod.container(self.launch.id.as_str())?.record();
             poststart(record).await?;
@@ -211,6 +219,7 @@ impl Work<'_> {
             () = pod.deserted() => {}
             lost = process.lost() => return Err(lost.into()),
             lost = sandbox.heartbeat_lost(pod.agent()) => return Err(lost.into()),
+            failed = pod.follow_network() => return Err(failed),
             failed = forward(&process, &signals, self.foreground) => return Err(failed),
         }
         self.timings.mark(timings::EXITED);

@@ -239,7 +239,7 @@ fn run(setup: Setup, program: impl FnOnce(HashMap<i32, UnixStream>, &Guest) -> u
         let handle = || Arc::new(Handle(Arc::clone(&guest)));
         let sandbox = Arc::new(Sandbox::new(handle(), handle()).unwrap().with_beat(setup.beat));
         let ready = |_| Ok(Ready { kernel_release: "6.12".into(), ..Default::default() });
-        let (pod, ready) = Pod::prepare(&sandbox, ready, "").await.unwrap();
+        let (pod, ready) = Pod::prepare(&sandbox, None, ready, "").await.unwrap();
         assert_eq!(ready.kernel_release, "6.12");
         let new = NewContainer { id: "c1".into(), spec: b"{}".to_vec(), io, link: None, journal };
         let lives = async {

@@ -22,7 +22,7 @@ use crate::bus::Bus;
 use crate::config::MicrovmConfig;
 use crate::console::Console;
 use crate::control::{Control, Goal};
-use crate::device::{Device, lock};
+use crate::device::{Device, QUICK, lock};
 use crate::ending::Ending;
 use crate::event_loop::EventLoop;
 use crate::kvm::{self, KvmError, ioctl};
@@ -226,18 +226,26 @@ impl MicrovmBuilder {
         Ok(transports)
     }
 
-    /// One loop for all devices that are soon done, and one for each that is not.
     fn spawn_loops(&self, environment: &Environment) -> Result<Vec<EventLoop>, BuildError> {
         let Environment { control, ending, .. } = environment;
-        let quick = self.devices.iter().filter(|device| device.thread().is_none()).map(Device::shared).collect();
-        let mut loops = vec![EventLoop::spawn("devices", quick, control, ending)?];
-        for device in &self.devices {
-            if let Some(name) = device.thread() {
-                loops.push(EventLoop::spawn(name, vec![device.shared()], control, ending)?);
-            }
-        }
-        Ok(loops)
+        let spawn = |(name, devices)| Ok(EventLoop::spawn(name, devices, control, ending)?);
+        threads(&self.devices).into_iter().map(spawn).collect()
     }
+}
+
+/// One thread for all devices that are soon done, one for each that is not, and one for all network interfaces, most
+/// of which are placeholders.
+fn threads(devices: &[Device]) -> Vec<(&'static str, Vec<SharedDevice>)> {
+    let mut threads = vec![(QUICK, Vec::new())];
+    for device in devices {
+        let name = device.thread();
+        let shares = name == QUICK || matches!(device, Device::Net(_));
+        match threads.iter_mut().find(|(other, _)| shares && *other == name) {
+            Some((_, devices)) => devices.push(device.shared()),
+            None => threads.push((name, vec![device.shared()])),
+        }
+    }
+    threads
 }
 
 /// A machine in the making.

@@ -11,6 +11,9 @@ use katavm_devices::vsock::Vsock;
 
 use crate::snapshot::DeviceState;
 
+/// The thread of all devices that are soon done with a request.
+pub const QUICK: &str = "devices";
+
 /// One virtio device.
 #[derive(Clone)]
 pub enum Device {
@@ -33,13 +36,14 @@ impl Device {
         }
     }
 
-    /// The name of its own thread, if its requests block on the host's files or go through the host's network.
-    pub fn thread(&self) -> Option<&'static str> {
+    /// The name of its thread: another than [`QUICK`] if its requests block on the host's files or go through the
+    /// host's network.
+    pub fn thread(&self) -> &'static str {
         match self {
-            Self::Fs(_) => Some("fs"),
-            Self::Block(_) => Some("block"),
-            Self::Net(_) => Some("net"),
-            Self::Vsock(_) | Self::Rng(_) => None,
+            Self::Fs(_) => "fs",
+            Self::Block(_) => "block",
+            Self::Net(_) => "net",
+            Self::Vsock(_) | Self::Rng(_) => QUICK,
         }
     }
 

@@ -10,7 +10,7 @@ use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::netlink::Netlink;
-use super::{byte, ip};
+use super::{byte, ip, places};
 use crate::error::Error;
 
 /// The numbers of the interfaces by their names.
@@ -27,12 +27,21 @@ struct Link {
     up: bool,
 }
 
+impl Link {
+    /// Whether its device was made with this address.
+    fn is(&self, mac: &[u8]) -> bool {
+        // A kernel that does not tell permanent addresses: the current one, which is the same until it is changed.
+        self.permanent.as_deref().unwrap_or(&self.address) == mac
+    }
+}
+
 /// Makes the interfaces what they are told to be.
 pub fn apply(netlink: &mut Netlink, wanted: &[Interface]) -> Result<Numbers, Error> {
+    replug(netlink, wanted)?;
     let mut numbers = Numbers::new();
     for interface in wanted {
         // Each time anew: names change on the way.
-        let links = links(netlink).map_err(|error| Error::io("cannot list the network interfaces", error))?;
+        let links = all(netlink)?;
         let link = find(&links, &interface.device_mac)?;
         let name = &interface.name;
         let failed = |error| Error::io(format_args!("cannot set up the network interface {name}"), error);
@@ -43,6 +52,24 @@ pub fn apply(netlink: &mut Netlink, wanted: &[Interface]) -> Result<Numbers, Err
         numbers.insert(name.clone(), link.index);
     }
     Ok(numbers)
+}
+
+/// Takes away the interfaces whose devices the host has unplugged, and finds those that it has plugged in.
+fn replug(netlink: &mut Netlink, wanted: &[Interface]) -> Result<(), Error> {
+    let links = all(netlink)?;
+    let is_wanted = |link: &&Link| wanted.iter().any(|interface| link.is(&interface.device_mac));
+    for link in links.iter().filter(|link| !is_wanted(link)) {
+        let name = &link.name;
+        places::leave(name).map_err(|error| Error::io(format_args!("cannot take {name} away"), error))?;
+    }
+    if links.iter().filter(is_wanted).count() < wanted.len() {
+        places::look().map_err(|error| Error::io("cannot look for new network devices", error))?;
+    }
+    Ok(())
+}
+
+fn all(netlink: &mut Netlink) -> Result<Vec<Link>, Error> {
+    links(netlink).map_err(|error| Error::io("cannot list the network interfaces", error))
 }
 
 fn links(netlink: &mut Netlink) -> io::Result<Vec<Link>> {
@@ -71,10 +98,7 @@ fn link(message: LinkMessage) -> Link {
 }
 
 fn find<'a>(links: &'a [Link], mac: &[u8]) -> Result<&'a Link, Error> {
-    let permanent = links.iter().find(|link| link.permanent.as_deref() == Some(mac));
-    // A kernel that does not tell permanent addresses: the current one, which is the same until it is changed.
-    let current = || links.iter().find(|link| link.permanent.is_none() && link.address == mac);
-    permanent.or_else(current).ok_or_else(|| {
+    links.iter().find(|link| link.is(mac)).ok_or_else(|| {
         let mac: Vec<String> = mac.iter().map(|byte| format!("{byte:02x}")).collect();
         Error::NotFound(format!("no network device has the address {}", mac.join(":")))
     })

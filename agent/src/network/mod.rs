@@ -4,6 +4,7 @@
 
 mod interfaces;
 mod netlink;
+mod places;
 mod routes;
 mod rules;
 

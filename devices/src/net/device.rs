@@ -45,7 +45,7 @@ pub struct NetConfig {
     pub offloads: Offloads,
 }
 
-/// The network device. Its link is down until it gets a backend.
+/// The network device. Until it gets a backend it is a placeholder, and its link is down when it loses that.
 pub struct Net {
     pub(super) config: [u8; CONFIG_BYTES],
     settings: NetConfig,
@@ -133,8 +133,9 @@ impl Net {
 }
 
 impl VirtioDevice for Net {
+    /// Without a link a new driver finds nothing here; one that has the device already keeps it.
     fn device_type(&self) -> DeviceType {
-        DeviceType::Net
+        if self.is_up() { DeviceType::Net } else { DeviceType::Placeholder }
     }
 
     fn features(&self) -> u64 {

@@ -9,6 +9,8 @@ use super::queue::{QueueError, QueueSet};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[repr(u32)]
 pub enum DeviceType {
+    /// No device for now: the driver leaves its place alone, and looks again when it is told to (4.2.2, `DeviceID`).
+    Placeholder = 0,
     /// Network device.
     Net = 1,
     /// Block device.

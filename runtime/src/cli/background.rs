@@ -9,7 +9,7 @@ use super::arguments::{Front, Global};
 use super::{console, pid_file, state_root};
 use crate::hooks;
 use crate::host::{self, Fork};
-use crate::launch::Launch;
+use crate::launch::{Launch, StandIn};
 use crate::pod::Io;
 use crate::process::signals::Signals;
 use crate::process::stdio::Inherited;
@@ -32,8 +32,9 @@ pub fn make(global: &Global, launch: &Launch, front: &Front) -> anyhow::Result<(
     let copy = |slave: &OwnedFd| slave.try_clone().context("cannot duplicate the terminal");
     let slave = console.as_ref().map(|console| copy(&console.slave)).transpose()?;
     let state = root.claim(&launch.id)?;
-    let (stand_in, link) = launch.start_stand_in(slave.as_ref().map(copy).transpose()?)?;
-    let record = recorded(launch, stand_in);
+    let stand_in = launch.start_stand_in(slave.as_ref().map(copy).transpose()?)?;
+    let pid = stand_in.pid;
+    let record = recorded(launch, pid);
     let hooks = record.hooks.as_ref();
     let told = record.for_hooks(Status::Creating);
     // After a failure the stand-in ends with its link.
@@ -42,21 +43,21 @@ pub fn make(global: &Global, launch: &Launch, front: &Front) -> anyhow::Result<(
     match host::fork().context("cannot make the sandbox process")? {
         Fork::Child => {
             drop((console, reported));
-            host::exit_now(sandbox(&root, launch, Made { state, record, link, slave, report }));
+            host::exit_now(sandbox(&root, launch, Made { state, record, stand_in, slave, report }));
         }
         Fork::Parent(sandbox) => {
             // Its share of the lock is the sandbox process' alone from here on.
             state.disown();
-            drop((link, report, slave));
+            drop((stand_in, report, slave));
             if let Err(reason) = reported.wait() {
                 // It ends by itself; the stand-in with it.
-                for child in [sandbox, stand_in] {
+                for child in [sandbox, pid] {
                     waitpid(Some(child), WaitOptions::empty()).context("cannot wait for the sandbox process")?;
                 }
                 bail!(reason);
             }
             let told = console.map_or(Ok(()), console::Console::send).and_then(|()| match &front.pid_file {
-                Some(path) => pid_file::write(path, stand_in.as_raw_nonzero().get()),
+                Some(path) => pid_file::write(path, pid.as_raw_nonzero().get()),
                 None => Ok(()),
             });
             if let Err(error) = told {
@@ -72,7 +73,7 @@ pub fn make(global: &Global, launch: &Launch, front: &Front) -> anyhow::Result<(
 struct Made {
     state: StateDir,
     record: Record,
-    link: OwnedFd,
+    stand_in: StandIn,
     slave: Option<OwnedFd>,
     report: Report,
 }
@@ -97,7 +98,7 @@ fn sandbox(root: &StateRoot, launch: &Launch, front: Made) -> u8 {
 }
 
 fn run(root: &StateRoot, launch: &Launch, front: Made) -> anyhow::Result<()> {
-    let Made { state, mut record, link, slave, report } = front;
+    let Made { state, mut record, stand_in, slave, report } = front;
     let prepared = move || -> anyhow::Result<_> {
         let io = match slave {
             Some(slave) => Io::over_terminal(slave, launch.console_size())?,
@@ -112,11 +113,11 @@ fn run(root: &StateRoot, launch: &Launch, front: Made) -> anyhow::Result<()> {
         let watcher = watcher::start(root)?;
         let directory = state.path().to_owned();
         record.sandbox_pid = std::process::id();
-        let stand_in = record.pid;
+        let pid = record.pid;
         let journal = Journal::new(state, record);
-        launch.enter_cgroup(stand_in)?;
+        launch.enter_cgroup(pid)?;
         probe::ensure(root)?;
-        Ok((Outside { io, link, signals, journal, directory }, watcher))
+        Ok((Outside { io, stand_in, signals, journal, directory }, watcher))
     };
     let mut timings = Timings::start();
     match prepared() {

@@ -50,25 +50,26 @@ pub fn run(global: &Global, options: Run, mut timings: Timings) -> anyhow::Resul
     // Made first and dropped last: it cleans up after everything else.
     let _watcher = watcher::start(&root)?;
     let state = root.claim(&launch.id)?;
-    let (stand_in, link) = launch.start_stand_in(None)?;
+    let stand_in = launch.start_stand_in(None)?;
+    let pid = stand_in.pid;
     if let Some(path) = &front.pid_file {
-        pid_file::write(path, stand_in.as_raw_nonzero().get())?;
+        pid_file::write(path, pid.as_raw_nonzero().get())?;
     }
-    let mut record = background::recorded(&launch, stand_in);
+    let mut record = background::recorded(&launch, pid);
     record.kept = keep;
     let hooks = record.hooks.clone();
     let state_now = record.for_hooks(Status::Creating);
     let directory = state.path().to_owned();
     let journal = Journal::new(state, record);
     hooks::run_before(hooks.as_ref(), &state_now)?;
-    launch.enter_cgroup(stand_in.as_raw_nonzero().get().unsigned_abs())?;
+    launch.enter_cgroup(pid.as_raw_nonzero().get().unsigned_abs())?;
     probe::ensure(&root)?;
     let io = Io {
         stdio: Inherited::take().context("cannot duplicate the standard streams")?,
         terminal: terminal.map(Arc::new),
         fallback_size: launch.console_size(),
     };
-    let outside = Outside { io, link, signals, journal, directory };
+    let outside = Outside { io, stand_in, signals, journal, directory };
     let outcome = supervise::supervise(&launch, outside, Mode::Foreground, &mut timings);
     if !keep {
         let state_now = launch.record().for_hooks(Status::Stopped);
@@ -76,7 +77,7 @@ pub fn run(global: &Global, options: Run, mut timings: Timings) -> anyhow::Resul
     }
     tell(&timings, told);
     // It ends with its link; nobody else waits for it.
-    let _ = rustix::process::waitpid(Some(stand_in), rustix::process::WaitOptions::empty());
+    let _ = rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty());
     let exit = outcome?;
     if exit.oom_killed {
         log::warn!("{}", out_of_memory(memory_limit(&launch.bundle.spec), launch.plan.size.memory_mib));

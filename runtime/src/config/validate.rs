@@ -1,6 +1,10 @@
 //! What a configuration must have for a container to be made of it, and what cannot be had at all.
 
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+
+/// As `--network host` asks for.
+const HOST_NETWORK: &str = "linux.namespaces has no network namespace, which means the host's network: a guest cannot share it. \
+                            Give the container a network namespace, new or by its path";
 
 /// The fault of a configuration that cannot be run, with the field's name.
 pub fn check(spec: &Spec) -> Result<(), String> {
@@ -27,6 +31,10 @@ pub fn check(spec: &Spec) -> Result<(), String> {
     let Some(linux) = spec.linux() else {
         return Err("linux is missing: only Linux containers are supported".into());
     };
+    let namespaces = linux.namespaces().as_deref().unwrap_or_default();
+    if !namespaces.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::Network) {
+        return Err(HOST_NETWORK.into());
+    }
     for (index, mount) in spec.mounts().iter().flatten().enumerate() {
         if !mount.destination().is_absolute() {
             let destination = mount.destination().display();
@@ -53,14 +61,14 @@ mod tests {
             "process": { "user": { "uid": 0, "gid": 0 }, "args": ["sh"], "cwd": "/" },
             "root": { "path": "rootfs" },
             "mounts": [{ "destination": "/proc", "type": "proc", "source": "proc" }],
-            "linux": {},
+            "linux": { "namespaces": [{ "type": "network" }] },
         })
     }
 
     #[test]
     fn each_fault_is_named() {
         type Change = fn(&mut Value);
-        let cases: [(&str, Change); 8] = [
+        let cases: [(&str, Change); 9] = [
             ("ociVersion \"2.0.0\" is not supported", |v| v["ociVersion"] = json!("2.0.0")),
             ("root is missing", |v| drop(v.as_object_mut().unwrap().remove("root"))),
             ("process is missing", |v| drop(v.as_object_mut().unwrap().remove("process"))),
@@ -68,6 +76,7 @@ mod tests {
             ("must not contain NUL", |v| v["process"]["env"] = json!(["A=\0"])),
             ("process.cwd \"tmp\" must be", |v| v["process"]["cwd"] = json!("tmp")),
             ("mounts[0].destination \"proc\" must be", |v| v["mounts"][0]["destination"] = json!("proc")),
+            ("no network namespace", |v| v["linux"]["namespaces"] = json!([{ "type": "mount" }])),
             ("linux.seccomp.listenerPath", |v| {
                 v["linux"]["seccomp"] = json!({ "defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/run/x" });
             }),

@@ -15,7 +15,7 @@ pub use files::{FileKind, may_use_directory, open_shared, scratch_file, system_m
 pub use limits::raise_open_files;
 pub use mounts::{attach_inside, change_root, clone_tree, make_read_only, new_proc, receive_mounts_only};
 pub use namespaces::{
-    enter_new_namespaces, fork_into_pid_namespace, join_namespace, open_namespace, run_in_namespaces_of,
+    enter_new_namespaces, fork_into_pid_namespace, is_own_network, join_namespace, open_namespace, run_in_namespaces_of,
 };
 pub use netns::{in_network_namespace, make_tap, network_setting};
 pub use processes::{

@@ -40,6 +40,15 @@ pub fn open_namespace(path: &Path) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
+/// Whether a network namespace is the one that this process is in.
+///
+/// # Errors
+/// Those of stat(2).
+pub fn is_own_network(netns: &OwnedFd) -> io::Result<bool> {
+    let (one, own) = (rustix::fs::fstat(netns)?, rustix::fs::stat("/proc/self/ns/net")?);
+    Ok((one.st_dev, one.st_ino) == (own.st_dev, own.st_ino))
+}
+
 /// Moves the calling thread, which must be the only one, into new namespaces.
 ///
 /// # Errors

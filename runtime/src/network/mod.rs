@@ -3,7 +3,9 @@
 //! [`Scan::of`] tells what is in the namespace. [`plug`] makes a tap in it and redirects everything between an
 //! interface and that tap, both ways, by traffic control: the addresses stay on the interface, where engines look
 //! for them, and the guest gets the same ones ([`Scan::request`]). [`Watch`] tells when to scan again.
+//! [`GuestNetwork`] does all of that for one guest.
 
+mod guest;
 mod model;
 mod netlink;
 mod plug;
@@ -12,12 +14,16 @@ mod scan;
 mod slot;
 mod watch;
 
+pub use guest::GuestNetwork;
 pub use model::{Address, Hop, Interface, Neighbour, Route, Rule, Scan};
 pub use plug::{Plugged, plug};
 pub use slot::{device, random_mac, slot};
 pub use watch::Watch;
 
 use std::io;
+
+use katavm_devices::net::{NetError, TapError};
+use katavm_vmm::MicrovmError;
 
 /// Why a network namespace cannot be read or changed.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +48,18 @@ pub enum NetworkError {
     /// The interface has no Ethernet frames.
     #[error("the interface {0} does not carry Ethernet frames and cannot be plugged into a guest")]
     NoEthernet(String),
+    /// It is plugged into another guest.
+    #[error("the network namespace is in use by another sandbox: two guests cannot have the same addresses")]
+    InUse,
+    /// A device of the guest.
+    #[error("cannot make the guest's network device: {0}")]
+    Device(#[from] NetError),
+    /// A tap's settings.
+    #[error(transparent)]
+    TapSettings(#[from] TapError),
+    /// The virtual machine.
+    #[error(transparent)]
+    Machine(#[from] MicrovmError),
     /// It went away meanwhile.
     #[error("the interface {0} is gone")]
     Gone(String),

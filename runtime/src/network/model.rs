@@ -13,6 +13,8 @@ pub struct Scan {
     pub neighbours: Vec<Neighbour>,
     /// All but the three that every namespace has.
     pub rules: Vec<Rule>,
+    /// There is the tap of a sandbox that lives.
+    pub in_use: bool,
 }
 
 /// An interface.

@@ -44,7 +44,7 @@ async fn read(handle: &Handle) -> Result<Scan, NetworkError> {
     let links = handle.link().get().execute().try_collect::<Vec<_>>().await.map_err(failed("list the interfaces"))?;
     let addresses =
         handle.address().get().execute().try_collect::<Vec<_>>().await.map_err(failed("list the addresses"))?;
-    let mut interfaces: Vec<Interface> = links.iter().filter_map(interface).filter(|found| !is_ours(found)).collect();
+    let (taps, mut interfaces): (Vec<Interface>, Vec<_>) = links.iter().filter_map(interface).partition(is_ours);
     interfaces.sort_by_key(|interface| interface.index);
     for interface in &mut interfaces {
         let own = addresses.iter().filter(|message| message.header.index == interface.index);
@@ -70,7 +70,7 @@ async fn read(handle: &Handle) -> Result<Scan, NetworkError> {
         let messages = handle.rule().get(version).execute().try_collect::<Vec<_>>().await;
         rules.extend(messages.map_err(failed("list the routing rules"))?.iter().filter_map(rule));
     }
-    Ok(Scan { interfaces, routes, neighbours, rules })
+    Ok(Scan { interfaces, routes, neighbours, rules, in_use: !taps.is_empty() })
 }
 
 fn v6_dump() -> RouteMessage {

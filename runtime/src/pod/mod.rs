@@ -2,6 +2,7 @@
 
 mod container;
 mod io;
+mod network;
 mod process;
 mod streams;
 
@@ -13,12 +14,14 @@ use katavm_protocol::agent::{CreateContainerRequest, CreateExecRequest, Ready, S
 use tokio::sync::watch;
 
 use crate::link::Link;
+use crate::network::NetworkError;
 use crate::process::terminal::TerminalError;
 use crate::sandbox::agent::{Agent, AgentError, GuestProcess};
 use crate::sandbox::{Sandbox, SandboxError};
 use crate::state::{Journal, Status};
 pub use container::Container;
 pub use io::Io;
+pub use network::Network;
 pub use process::{Phase, Process};
 
 /// Why something was not done to a container.
@@ -61,6 +64,9 @@ pub enum PodError {
     /// It is in a state in which this cannot be done.
     #[error("{0}")]
     State(String),
+    /// The network.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// The process that stands for it on the host.
     #[error("the container's stand-in on the host: {0}")]
     StandIn(String),
@@ -90,6 +96,8 @@ pub struct NewContainer {
 pub struct Pod {
     sandbox: Arc<Sandbox>,
     agent: Agent,
+    /// Nothing for an ordinary user's, whose guest has the loopback only.
+    network: Option<Network>,
     containers: Mutex<BTreeMap<String, Arc<Container>>>,
     /// How many containers have a first process that has not ended; changes when one is made or ends.
     alive: watch::Sender<usize>,
@@ -99,15 +107,34 @@ impl Pod {
     /// Waits for a sandbox that was started, and prepares its guest.
     ///
     /// # Errors
-    /// Any [`SandboxError`].
+    /// Any [`PodError`].
     pub async fn prepare(
         sandbox: &Arc<Sandbox>,
+        network: Option<Network>,
         ready: impl FnOnce(Duration) -> std::io::Result<Ready> + Send + 'static,
         hostname: &str,
     ) -> Result<(Arc<Self>, Ready), PodError> {
         let (agent, ready) = sandbox.prepare(ready, hostname).await?;
         let (containers, alive) = (Mutex::default(), watch::Sender::new(0));
-        Ok((Arc::new(Self { sandbox: Arc::clone(sandbox), agent, containers, alive }), ready))
+        let pod = Self { sandbox: Arc::clone(sandbox), agent, network, containers, alive };
+        pod.update_network().await?;
+        Ok((Arc::new(pod), ready))
+    }
+
+    /// Carries over to the guest what has changed in the pod's network namespace on the host.
+    async fn update_network(&self) -> Result<(), PodError> {
+        match &self.network {
+            Some(network) => network.update(&self.agent).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Does so whenever something has changed; returns only when it cannot hear of that any more.
+    pub async fn follow_network(&self) -> PodError {
+        match &self.network {
+            Some(network) => NetworkError::Socket(network.follow(&self.agent).await).into(),
+            None => std::future::pending().await,
+        }
     }
 
     /// The service of the agent.
@@ -198,6 +225,19 @@ impl Pod {
         self.container(container_id)?.process(exec_id)
     }
 
+    /// Starts a process. Before a container's first the network is looked at once more: engines plug it in between
+    /// making the container and starting it.
+    ///
+    /// # Errors
+    /// Any [`PodError`].
+    pub async fn start(&self, container_id: &str, exec_id: &str) -> Result<(), PodError> {
+        let process = self.process(container_id, exec_id)?;
+        if exec_id.is_empty() && process.phase() == Phase::Created {
+            self.update_network().await?;
+        }
+        process.start().await
+    }
+
     /// Sends a signal to all processes of a container.
     ///
     /// # Errors
@@ -286,8 +326,12 @@ impl Pod {
         }
     }
 
-    /// Ends the processes that are left in name only: the sandbox is gone, and they with it.
+    /// Ends the processes that are left in name only: the sandbox is gone, and they with it. The network namespace is
+    /// what it was before.
     pub fn end_all(&self) {
+        if let Some(network) = &self.network {
+            network.unplug();
+        }
         for container in self.containers().values() {
             container.end_all();
         }

@@ -127,7 +127,7 @@ impl Process {
             match link.receive().await.map_err(failed)? {
                 Some((FromStandIn::Settled(result), _)) => return result.map_err(PodError::StandIn),
                 // It does not run yet.
-                Some((FromStandIn::Signal(_) | FromStandIn::Resized, _)) => {}
+                Some((FromStandIn::Entered(_) | FromStandIn::Signal(_) | FromStandIn::Resized, _)) => {}
                 None => return Err(PodError::StandIn("it has died".into())),
             }
         }
@@ -236,7 +236,7 @@ impl Process {
             match link.receive().await {
                 Ok(Some((FromStandIn::Signal(signal), _))) => report(self.signal(signal).await, "send a signal"),
                 Ok(Some((FromStandIn::Resized, _))) => self.resized().await,
-                Ok(Some((FromStandIn::Settled(_), _))) => {}
+                Ok(Some((FromStandIn::Entered(_) | FromStandIn::Settled(_), _))) => {}
                 Ok(None) | Err(_) => {
                     // Whoever kills the stand-in means the container. A further process may outlive who asked for it.
                     if self.exec_id.is_empty() {

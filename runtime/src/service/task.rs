@@ -92,8 +92,8 @@ impl Task for TaskService {
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
         let container = self.pod.container(&request.id).map_err(refusal)?;
-        let process = container.process(&request.exec_id).map_err(refusal)?;
-        to_its_end(async move { process.start().await }).await?;
+        let pod = Arc::clone(&self.pod);
+        to_its_end(async move { pod.start(&request.id, &request.exec_id).await }).await?;
         Ok(StartResponse { pid: container.record().pid, ..Default::default() })
     }
 

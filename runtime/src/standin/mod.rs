@@ -72,14 +72,23 @@ pub fn start(plan: Plan, link: OwnedFd) -> io::Result<Pid> {
     }
 }
 
+/// Waits until the stand-in at the other end of a link is in its namespaces.
+///
+/// # Errors
+/// Why it could not enter them, or that it has died.
+pub fn await_entry(link: &OwnedFd) -> io::Result<()> {
+    match link::receive(link)? {
+        Some((FromStandIn::Entered(entered), _)) => entered.map_err(io::Error::other),
+        _ => Err(io::Error::other("it has died")),
+    }
+}
+
 fn stand(plan: Plan, link: &OwnedFd) -> u8 {
-    match prepare(plan.namespaces, plan.terminal.as_ref()) {
-        Ok(signals) => serve(plan.view, link, &signals).unwrap_or(KILLED),
-        Err(error) => {
-            // The sandbox process tells it; without it nobody is interested.
-            let _ = link::send(link, &FromStandIn::Settled(Err(error.to_string())), &[]);
-            KILLED
-        }
+    let prepared = prepare(plan.namespaces, plan.terminal.as_ref());
+    let entered = prepared.as_ref().map(drop).map_err(ToString::to_string);
+    match (link::send(link, &FromStandIn::Entered(entered), &[]), prepared) {
+        (Ok(()), Ok(signals)) => serve(plan.view, link, &signals).unwrap_or(KILLED),
+        _ => KILLED,
     }
 }
 

@@ -1,14 +1,13 @@
-//! The OCI runtime command line, as engines and people use it, and Podman on top of it.
+//! The OCI runtime command line, as engines and people use it.
 
 use std::fs;
-use std::path::Path;
-use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 
 use super::leftovers::Traces;
 use super::run::bundle;
+use super::shell::{expect, script};
 use super::{Context, Table, Verdict};
 
 /// The table.
@@ -21,32 +20,8 @@ pub const CASES: Table = (
         ("hooks_run_in_order_with_the_state", hooks),
         ("a_killed_sandbox_process_is_a_stopped_container", killed),
         ("what_cannot_be_done_is_refused", refusals),
-        ("podman_runs_a_container", podman_run),
-        ("podman_execs_copies_pauses_and_stops", podman_container),
     ],
 );
-
-/// Seconds that a script may take, emulated and on a busy machine.
-const LIMIT: &str = "240";
-
-/// Runs a script of bash with `set -u` in the case's folder, and gives its standard output; its end must be good.
-fn script(context: &Context, text: &str) -> Result<String> {
-    let output = Command::new("timeout")
-        .args(["-k", "5", LIMIT, "bash", "-euc", text])
-        .current_dir(context.scratch())
-        .output()?;
-    context.note("stdout", output.stdout.clone());
-    context.note("stderr", output.stderr.clone());
-    let told = String::from_utf8_lossy(&output.stderr).into_owned();
-    ensure!(output.status.success(), "{}: {told}", output.status);
-    Ok(String::from_utf8(output.stdout)?)
-}
-
-fn expect(output: &str, lines: &[&str]) -> Result<()> {
-    let got: Vec<_> = output.lines().collect();
-    ensure!(got == lines, "{got:#?} instead of {lines:#?}");
-    Ok(())
-}
 
 fn sleeping(context: &Context) -> Result<()> {
     bundle(context, &["sh", "-c", "echo started; sleep 1000"], |_| ())?;
@@ -249,47 +224,5 @@ fn refusals(context: &Context) -> Result<Verdict> {
         "katavm: --preserve-fds: descriptors of the host mean nothing in a guest with a kernel of its own",
     ];
     expect(&output, &lines)?;
-    Ok(Verdict::Passed)
-}
-
-/// Podman with an image of the case's root file system; `podman` in a script runs containers by katavm.
-fn podman(context: &Context, text: &str) -> Result<String> {
-    super::agent::rootfs(context)?;
-    let prelude = "podman() { command podman --runtime $(command -v katavm) \"$@\"; }
-        tar -C rootfs -c . | podman import - bb >import 2>&1\n";
-    script(context, &format!("{prelude}{text}"))
-}
-
-fn podman_run(context: &Context) -> Result<Verdict> {
-    fs::write(context.scratch().join("file"), "volume\n")?;
-    let output = podman(
-        context,
-        "podman run --rm --network none bb uname -r
-         podman run --rm --network none bb sh -c 'exit 7' || echo code $?
-         echo typed | podman run --rm -i --network none bb cat
-         podman run --rm --network none -v $PWD:/mnt:ro --user 1000:1000 --memory 100m --pids-limit 50 --cpus 1 \\
-             --cap-drop=all bb sh -c 'id -u; cat /mnt/file; echo x 2>/dev/null >/mnt/file || echo read only'
-         podman ps -aq",
-    )?;
-    let kernel = context.kernel_release()?;
-    expect(&output, &[&kernel, "code 7", "typed", "1000", "volume", "read only"])?;
-    Ok(Verdict::Passed)
-}
-
-fn podman_container(context: &Context) -> Result<Verdict> {
-    let traces = Traces::of(Path::new("/nonexistent"));
-    let output = podman(
-        context,
-        "podman run -d --name w --network none bb sh -c 'trap \"exit 3\" TERM; echo a line; while :; do sleep 1; done' >id
-         until podman logs w | grep -q line; do :; done; podman logs w
-         podman exec w sh -c 'echo in exec; exit 4' || echo code $?
-         echo data >f; podman cp f w:/etc/f; podman exec w cat /etc/f; podman exec w sh -c 'echo back >/etc/g'; podman cp w:/etc/g g; cat g
-         podman inspect w --format '{{.State.Status}}'
-         podman pause w >p; podman inspect w --format '{{.State.Status}}'; podman unpause w >p
-         podman stop -t 20 w >p; podman wait w; podman rm w >p; podman ps -aq",
-    )?;
-    expect(&output, &["a line", "in exec", "code 4", "data", "back", "running", "paused", "3"])?;
-    let left: Vec<_> = traces.new_ones().into_iter().filter(|trace| trace.contains("katavm")).collect();
-    ensure!(left.is_empty(), "left behind: {left:?}");
     Ok(Verdict::Passed)
 }

@@ -14,8 +14,9 @@ use katavm_devices::virtio::mmio::WINDOW;
 /// - `cryptomgr.notests`: no self-tests of ciphers at each boot.
 /// - `noreplace-smp`: do not patch lock prefixes out for one CPU, and back in when another comes.
 /// - `swiotlb=noforce`: no bounce buffers, which nothing uses; a guest above 3 GiB clears 64 MiB for them otherwise.
+/// - `dummy.numdummies=0`: no interface that nobody asked for in every container.
 const BASE: &str = "console=ttyS0 quiet reboot=k panic=-1 8250.nr_uarts=1 no_timer_check cryptomgr.notests \
-                    noreplace-smp swiotlb=noforce";
+                    noreplace-smp swiotlb=noforce dummy.numdummies=0";
 
 /// A virtio-mmio window as the kernel shall find it.
 #[derive(Clone, Copy, Debug)]

@@ -1,0 +1,147 @@
+//! The network of one guest, from its boot to its end.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use katavm_devices::net::Net;
+use katavm_protocol::agent::ConfigureNetworkRequest;
+use katavm_vmm::Microvm;
+
+use super::{Interface, NetworkError, Plugged, Scan, Watch, device, plug, slot};
+
+/// Interfaces that may come once the guest is built, beside those that are there then: a machine cannot be given
+/// devices, but what has no interface yet costs the guest nothing.
+const SPARE: usize = 3;
+/// How long the sandbox that had the namespace before may take to let go of it.
+const HANDOVER: Duration = Duration::from_secs(5);
+
+/// A network namespace of the host, and the guest's devices that stand for its interfaces.
+pub struct GuestNetwork {
+    netns: OwnedFd,
+    watch: Watch,
+    ports: Vec<Port>,
+}
+
+/// A network device of the guest; its index is that of the virtual machine.
+struct Port {
+    mac: [u8; 6],
+    plugged: Option<Plugged>,
+}
+
+impl GuestNetwork {
+    /// Plugs all interfaces that are there into devices for a guest that is to be built with them, in this order.
+    ///
+    /// # Errors
+    /// Any [`NetworkError`]; the namespace is as it was then.
+    pub fn new(netns: OwnedFd) -> Result<(Self, Vec<Net>), NetworkError> {
+        // Before the scan: nothing is missed after it.
+        let watch = Watch::new(&netns)?;
+        let scan = free(&netns)?;
+        let mut network = Self { netns, watch, ports: Vec::new() };
+        let nets = network.fill(&scan)?;
+        Ok((network, nets))
+    }
+
+    fn fill(&mut self, scan: &Scan) -> Result<Vec<Net>, NetworkError> {
+        let mut nets = Vec::new();
+        for interface in scan.interfaces.iter().filter(|interface| is_pluggable(interface)) {
+            let mut net = device(interface)?;
+            let plugged = plug(&self.netns, interface)?;
+            let tap = plugged.tap();
+            self.ports.push(Port { mac: net.mac(), plugged: Some(plugged) });
+            net.attach(tap?).map_err(NetworkError::Socket)?;
+            nets.push(net);
+        }
+        for _ in 0..SPARE {
+            let net = slot()?;
+            self.ports.push(Port { mac: net.mac(), plugged: None });
+            nets.push(net);
+        }
+        Ok(nets)
+    }
+
+    /// Plugs what has come, unplugs what is gone, and returns what the agent must be told.
+    ///
+    /// # Errors
+    /// Any [`NetworkError`]; what has not been plugged then is tried again the next time.
+    pub fn update(&mut self, machine: &Microvm) -> Result<ConfigureNetworkRequest, NetworkError> {
+        self.watch.take_news()?;
+        let scan = Scan::of(&self.netns)?;
+        for (index, port) in self.ports.iter_mut().enumerate() {
+            if let Some(plugged) = port.plugged.take_if(|plugged| scan.interface(plugged.interface()).is_none()) {
+                machine.detach_net(index)?;
+                plugged.unplug()?;
+            }
+        }
+        for interface in scan.interfaces.iter().filter(|interface| is_pluggable(interface)) {
+            if self.is_plugged(interface) {
+                continue;
+            }
+            match self.ports.iter_mut().enumerate().find(|(_, port)| port.plugged.is_none()) {
+                Some((index, port)) => {
+                    let plugged = plug(&self.netns, interface)?;
+                    let tap = plugged.tap();
+                    port.plugged = Some(plugged);
+                    machine.attach_net(index, tap?)?;
+                }
+                None => log::warn!(
+                    "the guest has no device for the interface {}: a running one can be given {SPARE}",
+                    interface.name
+                ),
+            }
+        }
+        let pairs: Vec<_> = self.ports.iter().filter_map(Port::pair).collect();
+        Ok(scan.request(&pairs))
+    }
+
+    fn is_plugged(&self, interface: &Interface) -> bool {
+        self.ports.iter().any(|port| port.pair().is_some_and(|(index, _)| index == interface.index))
+    }
+
+    /// Readable when an [`update`](Self::update) is due.
+    #[must_use]
+    pub fn news(&self) -> BorrowedFd<'_> {
+        self.watch.as_fd()
+    }
+}
+
+impl Drop for GuestNetwork {
+    /// Makes the namespace what it was. The guest must have ended: a tap stays with its device.
+    fn drop(&mut self) {
+        for plugged in self.ports.drain(..).filter_map(|port| port.plugged) {
+            if let Err(error) = plugged.unplug() {
+                log::warn!("{error}");
+            }
+        }
+    }
+}
+
+impl Port {
+    /// The interface that is plugged in and the device that stands for it.
+    fn pair(&self) -> Option<(u32, [u8; 6])> {
+        self.plugged.as_ref().map(|plugged| (plugged.interface(), self.mac))
+    }
+}
+
+/// What a namespace of the host has for a guest; tunnels that every namespace gets from the kernel are no such thing.
+fn is_pluggable(interface: &Interface) -> bool {
+    if interface.mac.is_none() && interface.up {
+        log::warn!("{}", NetworkError::NoEthernet(interface.name.clone()));
+    }
+    interface.mac.is_some()
+}
+
+/// Scans the namespace once no other sandbox has it.
+fn free(netns: &OwnedFd) -> Result<Scan, NetworkError> {
+    let start = Instant::now();
+    loop {
+        let scan = Scan::of(netns)?;
+        if !scan.in_use {
+            return Ok(scan);
+        }
+        if start.elapsed() > HANDOVER {
+            return Err(NetworkError::InUse);
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}

@@ -1,0 +1,79 @@
+//! A pod's network, kept in step with the network namespace that it has on the host.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use katavm_protocol::agent::ConfigureNetworkRequest;
+use katavm_vmm::Microvm;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use super::PodError;
+use crate::network::{GuestNetwork, NetworkError};
+use crate::sandbox::agent::Agent;
+
+/// How long news are gathered: a network plugin makes an interface, its addresses and its routes one after the other.
+const GATHERED: Duration = Duration::from_millis(50);
+
+/// The network of a pod whose guest runs.
+pub struct Network {
+    machine: Arc<Microvm>,
+    /// Nothing once the pod has ended.
+    guest: Arc<Mutex<Option<GuestNetwork>>>,
+    /// What the agent knows; held throughout an update, so that they follow each other.
+    told: tokio::sync::Mutex<ConfigureNetworkRequest>,
+    news: OwnedFd,
+}
+
+impl Network {
+    /// Of the guest that was built with the devices of `guest`.
+    ///
+    /// # Errors
+    /// When no descriptors are left.
+    pub fn new(machine: Arc<Microvm>, guest: GuestNetwork) -> Result<Self, NetworkError> {
+        let news = guest.news().try_clone_to_owned().map_err(NetworkError::Socket)?;
+        Ok(Self { machine, guest: Arc::new(Mutex::new(Some(guest))), told: Default::default(), news })
+    }
+
+    /// Plugs what has come to the namespace and unplugs what has gone, and tells the agent what has changed.
+    pub(super) async fn update(&self, agent: &Agent) -> Result<(), PodError> {
+        let mut told = self.told.lock().await;
+        let (guest, machine) = (Arc::clone(&self.guest), Arc::clone(&self.machine));
+        let updated =
+            tokio::task::spawn_blocking(move || lock(&guest).as_mut().map(|guest| guest.update(&machine)).transpose());
+        let request = updated.await.map_err(|error| NetworkError::Socket(io::Error::other(error)))??;
+        if let Some(request) = request.filter(|request| *request != *told) {
+            agent.configure_network(&request).await?;
+            *told = request;
+        }
+        Ok(())
+    }
+
+    /// Updates whenever there are news, for as long as they can be heard; why they cannot.
+    pub(super) async fn follow(&self, agent: &Agent) -> io::Error {
+        let heard = async {
+            // SAFETY: an OwnedFd is the same open descriptor until it is dropped, and `AsyncFd` owns it from here on.
+            let news = unsafe { AsyncFd::register_with_interest(self.news.try_clone()?, Interest::READABLE) }?;
+            loop {
+                news.readable().await?.clear_ready();
+                tokio::time::sleep(GATHERED).await;
+                if let Err(error) = self.update(agent).await {
+                    log::warn!("the guest's network is not as the host's: {error}");
+                }
+            }
+        };
+        let Err::<std::convert::Infallible, io::Error>(error) = heard.await;
+        error
+    }
+
+    /// Makes the namespace what it was; the guest has ended.
+    pub(super) fn unplug(&self) {
+        drop(lock(&self.guest).take());
+    }
+}
+
+fn lock(guest: &Mutex<Option<GuestNetwork>>) -> MutexGuard<'_, Option<GuestNetwork>> {
+    guest.lock().unwrap_or_else(PoisonError::into_inner)
+}
