@@ -72,7 +72,8 @@ fn resize(context: &Context) -> Result<Verdict> {
 
 fn ctrl_c(context: &Context) -> Result<Verdict> {
     let mut session = shell(context)?;
-    session.press("echo go''ing; sleep 10000\r")?;
+    // Said by the process that is to be interrupted: the shell would take a key that comes before there is one for its own.
+    session.press("sh -c \"echo go''ing; exec sleep 10000\"\r")?;
     session.wait_for("going\r\n")?;
     session.press([3])?;
     session.wait_for("$ ")?;
