@@ -100,6 +100,7 @@ impl Containers {
         for (name, value) in spec::take_network_sysctls(&mut spec) {
             sandbox::set_sysctl(&name, &value)?;
         }
+        let copy_up = spec::take_copy_ups(&mut spec);
         let directory = Directory::make(Path::new(super::DIR))
             .map_err(|error| Error::io(format_args!("cannot make the directory of {id}"), error))?;
         write_json(&directory.path().join("config.json"), &spec)?;
@@ -111,7 +112,7 @@ impl Containers {
             processes: Mutex::new(HashMap::from([(String::new(), None)])),
         });
         let made = match prepare_cgroup(&container) {
-            Ok(()) => self.make_init(&container, &request.stdio.unwrap_or_default()).await,
+            Ok(()) => self.make_init(&container, copy_up, &request.stdio.unwrap_or_default()).await,
             Err(error) => Err(error),
         };
         let pid = match made {
@@ -128,11 +129,12 @@ impl Containers {
         Ok(pid)
     }
 
-    async fn make_init(&self, container: &Arc<Container>, stdio: &Stdio) -> Result<u32, Error> {
+    async fn make_init(&self, container: &Arc<Container>, copy_up: Vec<PathBuf>, stdio: &Stdio) -> Result<u32, Error> {
         let directory = container.directory.path();
         let process = container.spec.process().clone().ok_or_else(|| Error::Invalid("no process".into()))?;
         let console = console_for(&process, directory)?;
-        let task = CreateTask { id: container.id.clone(), console: console.as_ref().map(|c| c.path().to_owned()) };
+        let console_path = console.as_ref().map(|console| console.path().to_owned());
+        let task = CreateTask { id: container.id.clone(), console: console_path, copy_up };
         let notify = directory.join("state").join(&container.id);
         let task = Task::Create(task);
         self.make(container, Plan { exec_id: "", process: &process, stdio, console, task, directory, notify }).await

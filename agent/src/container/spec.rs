@@ -10,6 +10,9 @@ use oci_spec::runtime::{
 
 use crate::error::Error;
 
+/// A tmpfs with it starts with what the root file system has in its place.
+const COPY_UP: &str = "tmpcopyup";
+
 /// Parses and adapts a specification.
 ///
 /// # Errors
@@ -57,6 +60,21 @@ pub fn take_network_sysctls(spec: &mut Spec) -> Vec<(String, String)> {
     let mut network: Vec<_> = network.into_iter().collect();
     network.sort_unstable();
     network
+}
+
+/// Takes the option `tmpcopyup` out of a specification: the mounts that have it. libcontainer does not know it.
+pub fn take_copy_ups(spec: &mut Spec) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for mount in spec.mounts_mut().iter_mut().flatten() {
+        let Some(mut options) = mount.options().clone() else { continue };
+        let before = options.len();
+        options.retain(|option| option != COPY_UP);
+        if options.len() < before {
+            found.push(mount.destination().clone());
+            mount.set_options(Some(options));
+        }
+    }
+    found
 }
 
 /// Adapts a process, a container's first or a further one.
@@ -180,6 +198,19 @@ mod tests {
         assert_eq!(network.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["net.core.somaxconn", "net/x"]);
         let left = spec.linux().as_ref().unwrap().sysctl().clone().unwrap();
         assert_eq!(left.into_keys().collect::<Vec<_>>(), ["kernel.msgmax"]);
+    }
+
+    #[test]
+    fn mounts_that_start_with_copies_are_found() {
+        let mut json = minimal();
+        json["mounts"] = serde_json::json!([
+            {"destination": "/a", "type": "tmpfs", "source": "tmpfs", "options": ["rw", "tmpcopyup", "size=1m"]},
+            {"destination": "/b", "type": "tmpfs", "source": "tmpfs", "options": ["rw"]},
+        ]);
+        let mut spec = adapted(json).unwrap();
+        assert_eq!(take_copy_ups(&mut spec), [Path::new("/a")]);
+        let options = spec.mounts().as_ref().unwrap().iter().map(|mount| mount.options().clone().unwrap());
+        assert_eq!(options.collect::<Vec<_>>(), [vec!["rw", "size=1m"], vec!["rw"]]);
     }
 
     #[test]

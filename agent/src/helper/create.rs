@@ -8,7 +8,7 @@ use libcontainer::error::LibcontainerError;
 use libcontainer::syscall::syscall::SyscallType;
 use oci_spec::runtime::Spec;
 
-use super::{CreateTask, cwd, program, trace};
+use super::{CreateTask, copy_up, cwd, program, trace};
 use crate::container::spec::is_below_mount;
 use crate::error::Error;
 
@@ -19,7 +19,15 @@ use crate::error::Error;
 pub fn run(directory: &Path, task: &CreateTask) -> Result<i32, Error> {
     trace::install();
     prepare_cwd(directory)?;
-    build(directory, task).map_err(|error| explain(&error))
+    let pid = build(directory, task).map_err(|error| explain(&error))?;
+    if !task.copy_up.is_empty() {
+        copy_up::run(spec(directory)?.root().as_ref().map_or(Path::new("/"), |root| root.path()), pid, &task.copy_up)?;
+    }
+    Ok(pid)
+}
+
+fn spec(directory: &Path) -> Result<Spec, Error> {
+    Spec::load(directory.join("config.json")).map_err(|error| Error::Invalid(error.to_string()))
 }
 
 fn build(directory: &Path, task: &CreateTask) -> Result<i32, LibcontainerError> {
@@ -36,7 +44,7 @@ fn build(directory: &Path, task: &CreateTask) -> Result<i32, LibcontainerError> 
 
 /// runc makes a working directory that is not there; libcontainer does not.
 fn prepare_cwd(directory: &Path) -> Result<(), Error> {
-    let spec = Spec::load(directory.join("config.json")).map_err(|error| Error::Invalid(error.to_string()))?;
+    let spec = spec(directory)?;
     let (Some(root), Some(process)) = (spec.root(), spec.process()) else { return Ok(()) };
     if !root.path().is_dir() {
         return Err(Error::NotFound(format!("rootfs ({:?}) does not exist", root.path().display())));

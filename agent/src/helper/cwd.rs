@@ -1,17 +1,12 @@
 //! The working directory: made if it is not there, as runc does, without following a link out of the root.
 
-use std::ffi::{CString, OsStr};
-use std::fs::OpenOptions;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Component, Path};
 use std::sync::OnceLock;
 
-use nix::errno::Errno;
 use nix::sys::stat::{Mode, mkdirat};
 
+use super::inside::{open_directory, open_in_root};
 use super::report::{self, Report};
 use crate::error::Error;
 
@@ -45,8 +40,7 @@ pub fn failure(cwd: &str, why: &str) -> Error {
 /// # Errors
 /// Those of openat2(2) and mkdirat(2).
 pub fn make(root: &Path, path: &Path) -> io::Result<()> {
-    let flags = libc::O_PATH | libc::O_DIRECTORY;
-    let mut directory: OwnedFd = OpenOptions::new().read(true).custom_flags(flags).open(root)?.into();
+    let mut directory = open_directory(root)?;
     let root = directory.try_clone()?;
     let mut sofar = std::path::PathBuf::from("/");
     for component in path.components() {
@@ -64,21 +58,6 @@ pub fn make(root: &Path, path: &Path) -> io::Result<()> {
         };
     }
     Ok(())
-}
-
-/// openat2(2) with RESOLVE_IN_ROOT: links are followed as if `root` were "/".
-fn open_in_root(root: &OwnedFd, path: &OsStr) -> io::Result<OwnedFd> {
-    let path = CString::new(path.as_bytes())?;
-    // SAFETY: open_how is plain data; all zeroes is a value of it.
-    let mut how: libc::open_how = unsafe { std::mem::zeroed() };
-    how.flags = (libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC) as u64;
-    how.resolve = libc::RESOLVE_IN_ROOT | libc::RESOLVE_NO_MAGICLINKS;
-    let (fd, size) = (root.as_raw_fd(), size_of::<libc::open_how>());
-    // SAFETY: `path` and `how` live throughout the call, and `size` is that of `how`.
-    let opened = unsafe { libc::syscall(libc::SYS_openat2, fd, path.as_ptr(), &raw const how, size) };
-    let opened = Errno::result(opened)?;
-    // SAFETY: openat2 just made this descriptor, and nothing else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(opened as i32) })
 }
 
 #[cfg(test)]

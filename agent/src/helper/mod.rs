@@ -4,9 +4,11 @@
 //! those of the process that it makes; it is told what to do in `task.json` of a directory, and says what came of it
 //! in `report`. When it ends, the process that it made is PID 1's child.
 
+mod copy_up;
 mod create;
 mod cwd;
 mod exec;
+mod inside;
 mod lookup;
 mod program;
 mod report;
@@ -40,6 +42,8 @@ pub struct CreateTask {
     pub id: String,
     /// The socket that takes its terminal's master.
     pub console: Option<PathBuf>,
+    /// Mounts that start with what the root file system has in their places.
+    pub copy_up: Vec<PathBuf>,
 }
 
 /// A further process of a container, by the container's `config.json` in the directory above.
