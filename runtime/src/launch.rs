@@ -10,12 +10,13 @@ use rustix::process::{Pid, geteuid};
 
 use crate::config::{Bundle, ConfigError};
 use crate::host::{self, Cgroup};
+use crate::membership::{self, Membership, MembershipError};
 use crate::process::terminal::WindowSize;
 use crate::sandbox::image::{GuestImage, ImageError};
 use crate::sandbox::plan::{Plan, PlanError, SizeOptions};
 use crate::sandbox::size::Size;
 use crate::standin::{self, Namespaces};
-use crate::state::{Id, Record};
+use crate::state::{Id, Record, StateRoot};
 
 /// Why nothing can be made of a bundle.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +30,9 @@ pub enum LaunchError {
     /// What the guest boots.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// Whose sandbox it is to join.
+    #[error(transparent)]
+    Membership(#[from] MembershipError),
     /// A namespace that is to be joined.
     #[error("linux.namespaces: cannot open {path}: {error}")]
     Namespace {
@@ -68,7 +72,7 @@ pub struct Options {
     pub systemd_cgroup: bool,
 }
 
-/// A container that can be made, in a sandbox of its own.
+/// A container that can be made, in a sandbox of its own or as one more of another.
 #[derive(Debug)]
 pub struct Launch {
     /// The container's id.
@@ -77,6 +81,8 @@ pub struct Launch {
     pub bundle: Bundle,
     /// What its sandbox needs.
     pub plan: Plan,
+    /// The sandbox that it joins; nothing if it gets one of its own.
+    pub pod: Option<Membership>,
     /// What the guest boots.
     pub image: GuestImage,
     /// Copy the guest's console to standard error.
@@ -102,19 +108,21 @@ impl Launch {
     ///
     /// # Errors
     /// Any [`LaunchError`].
-    pub fn plan(id: Id, bundle: &Path, options: Options) -> Result<Self, LaunchError> {
+    pub fn plan(root: &StateRoot, id: Id, bundle: &Path, options: Options) -> Result<Self, LaunchError> {
         let bundle = Bundle::load(bundle)?;
         for field in &bundle.unhonoured {
             log::warn!("{field}");
         }
-        let plan = Plan::new(&bundle, options.size)?;
+        let pod = Membership::find(root, &bundle.spec)?;
+        let shared = membership::shared_namespaces(root, &id, &bundle.spec)?;
+        let plan = Plan::new(&id, &bundle, options.size, &shared)?;
         let image = GuestImage::find(options.kernel, options.initrd)?;
         let path = bundle.spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_deref());
         let cgroup = match geteuid().is_root() {
             true => Cgroup::plan(path, options.systemd_cgroup, id.as_str()).map_err(LaunchError::Cgroup)?,
             false => None,
         };
-        Ok(Self { id, bundle, plan, image, console: options.console, cgroup })
+        Ok(Self { id, bundle, plan, pod, image, console: options.console, cgroup })
     }
 
     /// What is written down about the container first.
@@ -146,6 +154,15 @@ impl Launch {
         let limits = host_limits(linux.and_then(|linux| linux.resources().as_ref()), &self.plan.size);
         let entered = cgroup.join(std::process::id()).and_then(|()| cgroup.join(stand_in));
         entered.and_then(|()| cgroup.limit(&limits)).map_err(LaunchError::Cgroup)
+    }
+
+    /// Moves the stand-in of a container in another's sandbox into its control group, where nothing else of it is: its
+    /// limits hold in the guest.
+    ///
+    /// # Errors
+    /// [`LaunchError::Cgroup`].
+    pub fn enter_cgroup_as_member(&self, stand_in: u32) -> Result<(), LaunchError> {
+        self.cgroup.as_ref().map_or(Ok(()), |cgroup| cgroup.join(stand_in)).map_err(LaunchError::Cgroup)
     }
 
     /// Forks the stand-in, which is in its namespaces when this returns.

@@ -6,6 +6,7 @@ pub mod hooks;
 pub mod host;
 pub mod launch;
 pub mod link;
+pub mod membership;
 pub mod network;
 pub mod pod;
 pub mod process;

@@ -6,6 +6,7 @@
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
 
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
@@ -18,8 +19,8 @@ use tokio::io::unix::AsyncFd;
 
 /// The longest message in bytes; a text that would not fit is cut by whoever sends it.
 const LONGEST: usize = 16 * 1024;
-/// Descriptors that travel with one message: the three standard streams.
-const DESCRIPTORS: usize = 3;
+/// Descriptors that travel with one message: the three standard streams, a lock and a link.
+const DESCRIPTORS: usize = 5;
 
 /// From the sandbox process to the one that stands for a container's process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,6 +57,9 @@ pub struct Hello {
     pub streams: [bool; 3],
     /// The only one that is passed is the terminal.
     pub terminal: bool,
+    /// For the first process of a further container: its state directory. The lock of that and the link to the
+    /// container's stand-in are passed after the streams.
+    pub state: Option<PathBuf>,
 }
 
 /// A link whose other end is not used by this process.

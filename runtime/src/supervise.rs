@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use katavm_devices::fs::FsShare;
 use katavm_protocol::agent::{Exit, Ready};
 use katavm_vmm::{ExitReason, Microvm};
 use serde::{Deserialize, Serialize};
@@ -19,7 +20,7 @@ use crate::network::GuestNetwork;
 use crate::pod::{Io, Network, NewContainer, Phase, Pod, PodError, Process};
 use crate::process::signals::{Listening, Received, Signals};
 use crate::sandbox::vm::{self, Boot, ReadyPort, Started};
-use crate::sandbox::{Sandbox, SandboxError, blocking, probe, share};
+use crate::sandbox::{Sandbox, SandboxError, blocking, probe};
 use crate::service;
 use crate::state::{Journal, Record, Status};
 use crate::timings::{self, Timings};
@@ -103,8 +104,9 @@ pub fn supervise(launch: &Launch, outside: Outside, mode: Mode, timings: &mut Ti
             false
         }
     };
-    let outcome = boot(launch, &outside.stand_in).and_then(|(started, network)| {
-        let work = Work { launch, foreground, report: &mut report, timings };
+    let share = FsShare::new();
+    let outcome = boot(launch, &outside.stand_in, share.clone()).and_then(|(started, network)| {
+        let work = Work { launch, foreground, share, report: &mut report, timings };
         work.run(started, network, outside)
     });
     let outcome = outcome.map_err(explain);
@@ -114,10 +116,9 @@ pub fn supervise(launch: &Launch, outside: Outside, mode: Mode, timings: &mut Ti
     outcome
 }
 
-fn boot(launch: &Launch, stand_in: &StandIn) -> anyhow::Result<(Started, Option<GuestNetwork>)> {
+fn boot(launch: &Launch, stand_in: &StandIn, share: FsShare) -> anyhow::Result<(Started, Option<GuestNetwork>)> {
     let console = launch.console.then(|| io::stderr().as_fd().try_clone_to_owned());
     let console = console.transpose().context("cannot duplicate standard error")?;
-    let share = share::open(&launch.plan.exports)?;
     let netns = stand_in.netns.as_ref().map(OwnedFd::try_clone).transpose().context("cannot duplicate a descriptor")?;
     let (network, nets) = netns.map(GuestNetwork::new).transpose()?.unzip();
     let nets = nets.unwrap_or_default();
@@ -128,6 +129,7 @@ fn boot(launch: &Launch, stand_in: &StandIn) -> anyhow::Result<(Started, Option<
 struct Work<'a> {
     launch: &'a Launch,
     foreground: bool,
+    share: FsShare,
     report: &'a mut Option<Report>,
     timings: &'a mut Timings,
 }
@@ -185,19 +187,19 @@ impl Work<'_> {
         let made = async {
             let hostname = self.launch.bundle.spec.hostname().clone().unwrap_or_default();
             let ready = move |patience| ready.wait(patience);
-            let (prepared, ready) = Pod::prepare(sandbox, network, ready, &hostname).await?;
+            let (prepared, ready) = Pod::prepare(sandbox, network, self.share.clone(), ready, &hostname).await?;
             self.note_ready(&ready, exits());
             let pod = pod.insert(prepared);
             let stand_in = |error: io::Error| PodError::StandIn(error.to_string());
             let new = NewContainer {
                 id: self.launch.id.to_string(),
                 spec: self.launch.plan.guest_spec.clone(),
+                exports: self.launch.plan.exports.clone(),
                 io: outside.io,
                 link: Some(Link::new(outside.stand_in.link).map_err(stand_in)?),
                 journal: outside.journal,
             };
             let process = pod.create(new).await?;
-            process.settle_stand_in().await?;
             self.timings.mark(timings::CREATED);
             let server = service::serve(pod, &outside.directory).await?;
             Ok::<_, PodError>((Arc::clone(pod), process, server))

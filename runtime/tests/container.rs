@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use katavm_devices::fs::FsShare;
 use katavm_protocol::agent::{
     CheckRequest, CheckResponse, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, CreateExecRequest,
     CreateSandboxRequest, Empty, Event, Exit, ListProcessesResponse, ProcessRequest, ProcessResponse, Ready,
@@ -239,9 +240,9 @@ fn run(setup: Setup, program: impl FnOnce(HashMap<i32, UnixStream>, &Guest) -> u
         let handle = || Arc::new(Handle(Arc::clone(&guest)));
         let sandbox = Arc::new(Sandbox::new(handle(), handle()).unwrap().with_beat(setup.beat));
         let ready = |_| Ok(Ready { kernel_release: "6.12".into(), ..Default::default() });
-        let (pod, ready) = Pod::prepare(&sandbox, None, ready, "").await.unwrap();
+        let (pod, ready) = Pod::prepare(&sandbox, None, FsShare::new(), ready, "").await.unwrap();
         assert_eq!(ready.kernel_release, "6.12");
-        let new = NewContainer { id: "c1".into(), spec: b"{}".to_vec(), io, link: None, journal };
+        let new = NewContainer { id: "c1".into(), spec: b"{}".to_vec(), exports: Vec::new(), io, link: None, journal };
         let lives = async {
             let process = pod.create(new).await?;
             let container = pod.container("c1").unwrap();

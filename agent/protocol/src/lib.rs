@@ -12,6 +12,10 @@ pub mod agent_ttrpc {
     include!(concat!(env!("OUT_DIR"), "/agent_ttrpc.rs"));
 }
 
+/// What the path of a namespace in a container's specification begins with when it is that of another container of
+/// the sandbox, whose id follows.
+pub const CONTAINER: &str = "container:";
+
 pub mod frame;
 pub mod ports;
 pub mod reset;

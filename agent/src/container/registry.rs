@@ -100,6 +100,7 @@ impl Containers {
         for (name, value) in spec::take_network_sysctls(&mut spec) {
             sandbox::set_sysctl(&name, &value)?;
         }
+        spec::join_namespaces(&mut spec, |other| Ok(self.process(other, "")?.pid))?;
         let copy_up = spec::take_copy_ups(&mut spec);
         let directory = Directory::make(Path::new(super::DIR))
             .map_err(|error| Error::io(format_args!("cannot make the directory of {id}"), error))?;

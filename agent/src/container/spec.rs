@@ -4,6 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
+use katavm_protocol::CONTAINER;
 use oci_spec::runtime::{
     Capabilities, HooksBuilder, LinuxCapabilitiesBuilder, LinuxIdMapping, LinuxNamespaceType, Process, Spec,
 };
@@ -46,6 +47,26 @@ pub fn adapt(json: &[u8], cgroup: PathBuf) -> Result<Spec, Error> {
     let hooks = start.and_then(|start| HooksBuilder::default().start_container(start).build().ok());
     spec.set_hooks(hooks);
     Ok(spec)
+}
+
+/// Finds the namespaces that are shared with other containers, by the pid of the first process of each.
+///
+/// # Errors
+/// That there is no such container.
+pub fn join_namespaces(spec: &mut Spec, pid_of: impl Fn(&str) -> Result<i32, Error>) -> Result<(), Error> {
+    let Some(linux) = spec.linux_mut() else { return Ok(()) };
+    for namespace in linux.namespaces_mut().iter_mut().flatten() {
+        let path = namespace.path().as_ref().map(|path| path.to_string_lossy().into_owned());
+        let Some(owner) = path.as_deref().and_then(|path| path.strip_prefix(CONTAINER)) else { continue };
+        let file = match namespace.typ() {
+            LinuxNamespaceType::Ipc => "ipc",
+            LinuxNamespaceType::Uts => "uts",
+            LinuxNamespaceType::Pid => "pid",
+            other => return Err(Error::Invalid(format!("a {other} namespace cannot be shared"))),
+        };
+        namespace.set_path(Some(format!("/proc/{}/ns/{file}", pid_of(owner)?).into()));
+    }
+    Ok(())
 }
 
 /// Takes the settings of the network out of a specification: the guest's network is the container's, and libcontainer
@@ -198,6 +219,19 @@ mod tests {
         assert_eq!(network.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["net.core.somaxconn", "net/x"]);
         let left = spec.linux().as_ref().unwrap().sysctl().clone().unwrap();
         assert_eq!(left.into_keys().collect::<Vec<_>>(), ["kernel.msgmax"]);
+    }
+
+    #[test]
+    fn namespaces_of_other_containers_are_found() {
+        let mut json = minimal();
+        json["linux"]["namespaces"] = serde_json::json!([{"type": "ipc", "path": "container:c0"}, {"type": "uts"}]);
+        let mut spec = adapted(json.clone()).unwrap();
+        join_namespaces(&mut spec, |id| if id == "c0" { Ok(7) } else { panic!("{id}") }).unwrap();
+        let namespaces = spec.linux().as_ref().unwrap().namespaces().clone().unwrap();
+        assert_eq!(namespaces[0].path().as_deref(), Some(Path::new("/proc/7/ns/ipc")));
+        assert_eq!(namespaces[1].path().as_deref(), None);
+        let gone = join_namespaces(&mut adapted(json).unwrap(), |id| Err(Error::NotFound(id.into())));
+        assert!(gone.is_err());
     }
 
     #[test]

@@ -6,7 +6,7 @@ use anyhow::{Context, bail};
 use rustix::process::{Pid, WaitOptions, waitpid};
 
 use super::arguments::{Front, Global};
-use super::{console, pid_file, state_root};
+use super::{console, member, pid_file, state_root};
 use crate::hooks;
 use crate::host::{self, Fork};
 use crate::launch::{Launch, StandIn};
@@ -28,6 +28,9 @@ pub fn make(global: &Global, launch: &Launch, front: &Front) -> anyhow::Result<(
         bail!("--preserve-fds: descriptors of the host mean nothing in a guest with a kernel of its own");
     }
     let root = state_root(global)?;
+    if let Some(pod) = &launch.pod {
+        return member::make(&root, launch, pod, front);
+    }
     let console = console::open(front.console_socket.as_deref(), launch.plan.terminal)?;
     let copy = |slave: &OwnedFd| slave.try_clone().context("cannot duplicate the terminal");
     let slave = console.as_ref().map(|console| copy(&console.slave)).transpose()?;

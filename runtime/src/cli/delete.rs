@@ -61,8 +61,7 @@ fn remove(root: &StateRoot, found: &Found) -> anyhow::Result<()> {
             Err(ClientError::Connection(_) | ClientError::Io(_)) => {}
             Err(error @ ClientError::Refused(_)) => log::debug!("{error}"),
         }
-        let lives = |root: &StateRoot| root.find(id).is_ok_and(|found| found.alive);
-        if !host::wait_for_end(found.record.sandbox_pid, PATIENCE)? && lives(root) {
+        if !is_over(root, found)? {
             log::warn!("the sandbox process of {id} does not end: killed");
             host::kill(found.record.sandbox_pid)?;
         }
@@ -72,4 +71,14 @@ fn remove(root: &StateRoot, found: &Found) -> anyhow::Result<()> {
     root.remove(id)?;
     hooks::run_all(found.record.hooks.as_ref(), Point::Poststop, &found.record.for_hooks(Status::Stopped));
     Ok(())
+}
+
+/// Waits for the end of the sandbox process, which goes on while there are other containers in the sandbox.
+fn is_over(root: &StateRoot, found: &Found) -> anyhow::Result<bool> {
+    let lives = || root.find(&found.record.id).is_ok_and(|found| found.alive);
+    let shares = |other: &Found| other.alive && other.record.sandbox_pid == found.record.sandbox_pid;
+    if !lives() && root.list()?.iter().any(shares) {
+        return Ok(true);
+    }
+    Ok(host::wait_for_end(found.record.sandbox_pid, PATIENCE)? || !lives())
 }

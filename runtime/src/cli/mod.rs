@@ -11,6 +11,7 @@ mod events;
 mod exec;
 mod features;
 mod gc;
+mod member;
 mod messages;
 mod pid_file;
 mod ps;

@@ -28,7 +28,8 @@ use crate::watcher;
 pub fn run(global: &Global, options: Run, mut timings: Timings) -> anyhow::Result<u8> {
     let (bundle, id) = target(&options)?;
     let Run { detach, keep, front, machine, console, timings: told, .. } = options;
-    let launch = Launch::plan(id, &bundle, launch_options(global, machine, console))?;
+    let root = state_root(global)?;
+    let launch = Launch::plan(&root, id, &bundle, launch_options(global, machine, console))?;
     if detach {
         background::make(global, &launch, &front)?;
         if let Err(error) = control::start(global, &launch.id) {
@@ -36,6 +37,9 @@ pub fn run(global: &Global, options: Run, mut timings: Timings) -> anyhow::Resul
             return Err(error);
         }
         return Ok(0);
+    }
+    if launch.pod.is_some() {
+        bail!("a container in the sandbox of another goes on by itself: use create and start, or run --detach");
     }
     if front.console_socket.is_some() {
         bail!("cannot use console socket if katavm will not detach or allocate tty");
@@ -46,7 +50,6 @@ pub fn run(global: &Global, options: Run, mut timings: Timings) -> anyhow::Resul
     let terminal = launch.plan.terminal.then(|| Terminal::new(std::io::stdin())).transpose()?;
 
     let signals = Signals::block()?;
-    let root = state_root(global)?;
     // Made first and dropped last: it cleans up after everything else.
     let _watcher = watcher::start(&root)?;
     let state = root.claim(&launch.id)?;

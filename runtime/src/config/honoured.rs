@@ -35,8 +35,6 @@ const NOT_YET: &str = "not implemented yet";
 const UNKNOWN: &str = "unknown field";
 const CGROUP_V1: &str = "the guest has cgroup v2 only, which has no such setting";
 const NO_LSM: &str = "the guest's kernel has no such security module; the virtual machine is the boundary";
-const HOST_NAMESPACE: &str =
-    "a container in a virtual machine cannot join a namespace of the host, it gets one of its own";
 const HOST_CPUS: &str = "it names CPUs or memory nodes of the host; the guest has its own";
 const OTHER_SYSTEM: &str = "not for Linux containers";
 
@@ -96,7 +94,7 @@ const TABLE: &[(&str, Fate)] = &[
     ("linux.cgroupsPath", Honoured),
     ("linux.namespaces", Parts),
     ("linux.namespaces[].type", Honoured),
-    // See `unhonoured`: it depends on the type.
+    // Which ones mean something is `membership`'s to say.
     ("linux.namespaces[].path", Honoured),
     ("linux.resources", Parts),
     ("linux.resources.devices", Parts),
@@ -164,11 +162,6 @@ pub fn unhonoured(config: &Value) -> Vec<Unhonoured> {
             }
         }
     }
-    for (index, namespace) in config["linux"]["namespaces"].as_array().into_iter().flatten().enumerate() {
-        if namespace["type"] != "network" && !says_nothing(&namespace["path"]) {
-            found.push(Unhonoured { field: format!("linux.namespaces[{index}].path"), reason: HOST_NAMESPACE });
-        }
-    }
     found
 }
 
@@ -231,7 +224,7 @@ mod tests {
             "mounts": [{ "destination": "/a" }, { "destination": "/b", "options": ["bind", "idmap"], "uidMappings": [{ "hostID": 1 }] }],
             "linux": { "resources": { "blockIO": { "weight": 10 }, "rdma": { "x": {} },
                                       "memory": { "limit": 5, "kernel": 7, "disableOOMKiller": false } },
-                       "namespaces": [{ "type": "ipc", "path": "/proc/1/ns/ipc" }, { "type": "network", "path": "/run/netns/x" }] },
+                       "namespaces": [{ "type": "network", "path": "/run/netns/x" }] },
             "freebsd": { "jail": 1 },
         });
         let mut expected = [
@@ -239,7 +232,6 @@ mod tests {
             "mounts[1].uidMappings",
             "mounts[1].options: idmap",
             "linux.resources.memory.kernel",
-            "linux.namespaces[0].path",
             "freebsd",
         ];
         let mut named = fields(&config);

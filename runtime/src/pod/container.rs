@@ -6,20 +6,29 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use katavm_protocol::agent::Exit;
 
 use super::{Phase, PodError, Process};
+use crate::sandbox::share::Exports;
 use crate::state::{Journal, Record, Status};
 
 /// A container that was made.
 pub struct Container {
     id: String,
     init: Arc<Process>,
+    /// What of the host it sees while it lives.
+    exports: Mutex<Option<Exports>>,
     /// By exec id; nothing while it is being made.
     execs: Mutex<HashMap<String, Option<Arc<Process>>>>,
     journal: Mutex<Journal>,
 }
 
 impl Container {
-    pub(super) fn new(id: String, init: Arc<Process>, journal: Journal) -> Self {
-        let container = Self { id, init, execs: Mutex::default(), journal: Mutex::new(journal) };
+    pub(super) fn new(id: String, init: Arc<Process>, exports: Exports, journal: Journal) -> Self {
+        let container = Self {
+            id,
+            init,
+            exports: Mutex::new(Some(exports)),
+            execs: Mutex::default(),
+            journal: Mutex::new(journal),
+        };
         container.note(Status::Created);
         container
     }
@@ -96,7 +105,11 @@ impl Container {
             () = self.init.follow() => {}
             () = started => {}
         }
+        // Before anybody hears of the end: engines unmount these at once.
+        let exports = self.exports.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let _ = tokio::task::spawn_blocking(move || drop(exports)).await;
         self.note(Status::Stopped);
+        self.init.dismiss_stand_in().await;
     }
 
     /// Removes what was written down about it.
@@ -146,7 +159,10 @@ impl Claim {
     pub fn keep(self, process: &Arc<Process>) {
         self.container.execs().insert(self.exec_id.clone(), Some(Arc::clone(process)));
         let process = Arc::clone(process);
-        tokio::spawn(async move { process.follow().await });
+        tokio::spawn(async move {
+            process.follow().await;
+            process.dismiss_stand_in().await;
+        });
     }
 }
 

@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use katavm_devices::fs::FsShare;
 use katavm_protocol::agent::{CreateContainerRequest, CreateExecRequest, Ready, StatsResponse};
 use tokio::sync::watch;
 
@@ -17,6 +18,8 @@ use crate::link::Link;
 use crate::network::NetworkError;
 use crate::process::terminal::TerminalError;
 use crate::sandbox::agent::{Agent, AgentError, GuestProcess};
+use crate::sandbox::plan::Export;
+use crate::sandbox::share::{Exports, ShareError};
 use crate::sandbox::{Sandbox, SandboxError};
 use crate::state::{Journal, Status};
 pub use container::Container;
@@ -67,6 +70,9 @@ pub enum PodError {
     /// The network.
     #[error(transparent)]
     Network(#[from] NetworkError),
+    /// What of the host it is to see.
+    #[error(transparent)]
+    Share(#[from] ShareError),
     /// The process that stands for it on the host.
     #[error("the container's stand-in on the host: {0}")]
     StandIn(String),
@@ -84,6 +90,8 @@ pub struct NewContainer {
     pub id: String,
     /// Its configuration as the guest shall see it.
     pub spec: Vec<u8>,
+    /// What of the host it sees.
+    pub exports: Vec<Export>,
     /// The streams of its first process.
     pub io: Io,
     /// To its stand-in.
@@ -98,6 +106,8 @@ pub struct Pod {
     agent: Agent,
     /// Nothing for an ordinary user's, whose guest has the loopback only.
     network: Option<Network>,
+    /// What of the host the guest sees.
+    share: FsShare,
     containers: Mutex<BTreeMap<String, Arc<Container>>>,
     /// How many containers have a first process that has not ended; changes when one is made or ends.
     alive: watch::Sender<usize>,
@@ -111,12 +121,13 @@ impl Pod {
     pub async fn prepare(
         sandbox: &Arc<Sandbox>,
         network: Option<Network>,
+        share: FsShare,
         ready: impl FnOnce(Duration) -> std::io::Result<Ready> + Send + 'static,
         hostname: &str,
     ) -> Result<(Arc<Self>, Ready), PodError> {
         let (agent, ready) = sandbox.prepare(ready, hostname).await?;
         let (containers, alive) = (Mutex::default(), watch::Sender::new(0));
-        let pod = Self { sandbox: Arc::clone(sandbox), agent, network, containers, alive };
+        let pod = Self { sandbox: Arc::clone(sandbox), agent, network, share, containers, alive };
         pod.update_network().await?;
         Ok((Arc::new(pod), ready))
     }
@@ -143,15 +154,17 @@ impl Pod {
         &self.agent
     }
 
-    /// Makes a container whose first process waits to be started, and connects its streams.
+    /// Makes a container whose first process waits to be started, connects its streams, and has its stand-in take up
+    /// its view of the container's files.
     ///
     /// # Errors
     /// Any [`PodError`]; nothing is left of it then.
     pub async fn create(self: &Arc<Self>, new: NewContainer) -> Result<Arc<Process>, PodError> {
-        let NewContainer { id, spec, io, link, journal } = new;
+        let NewContainer { id, spec, exports, io, link, journal } = new;
         if self.containers().contains_key(&id) {
             return Err(PodError::Exists(format!("container {id}")));
         }
+        let shared = Exports::add(&self.share, &exports)?;
         let request = CreateContainerRequest {
             container_id: id.clone(),
             spec,
@@ -159,8 +172,12 @@ impl Pod {
             ..Default::default()
         };
         self.agent.create_container(&request).await?;
-        let connected = Process::connect(&self.sandbox, &self.agent, &id, "", io, link).await;
-        let process = match connected {
+        let connected = async {
+            let process = Process::connect(&self.sandbox, &self.agent, &id, "", io, link).await?;
+            process.settle_stand_in().await?;
+            Ok::<_, PodError>(process)
+        };
+        let process = match connected.await {
             Ok(process) => process,
             Err(error) => {
                 // Its making failed in the middle; why is in `error`.
@@ -168,7 +185,7 @@ impl Pod {
                 return Err(error);
             }
         };
-        let container = Arc::new(Container::new(id.clone(), Arc::clone(&process), journal));
+        let container = Arc::new(Container::new(id.clone(), Arc::clone(&process), shared, journal));
         self.containers().insert(id, Arc::clone(&container));
         self.alive.send_modify(|alive| *alive += 1);
         let pod = Arc::clone(self);

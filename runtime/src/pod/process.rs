@@ -119,7 +119,7 @@ impl Process {
     ///
     /// # Errors
     /// That it cannot, or has died.
-    pub async fn settle_stand_in(&self) -> Result<(), PodError> {
+    pub(super) async fn settle_stand_in(&self) -> Result<(), PodError> {
         let Some(link) = &self.link else { return Ok(()) };
         let failed = |error: std::io::Error| PodError::StandIn(error.to_string());
         link.send(&ToStandIn::Made).await.map_err(failed)?;
@@ -185,8 +185,11 @@ impl Process {
             // Ended from outside.
             _ = self.wait() => {}
         }
-        let Phase::Stopped(exit) = self.phase() else { return };
-        if let Some(link) = &self.link {
+    }
+
+    /// Lets what stands for it on the host end with its status: whoever waits for that finds everything done.
+    pub(super) async fn dismiss_stand_in(&self) {
+        if let (Phase::Stopped(exit), Some(link)) = (self.phase(), &self.link) {
             // One that died needs not be told.
             let _ = link.send(&ToStandIn::Exited(exit.status)).await;
         }

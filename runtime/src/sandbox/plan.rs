@@ -1,18 +1,21 @@
 //! What a sandbox needs, decided before anything is made: its size, what of the host it shares, and the
 //! configuration as the guest shall see it.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{Mount, Spec};
+use katavm_protocol::CONTAINER;
+use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
 
 use super::size::{MemorySize, Size, SizeError};
 use crate::config::Bundle;
 use crate::host::{self, FileKind, system_message};
 use crate::standin::{View, Volume};
+use crate::state::Id;
 
 /// Where the guest has what is shared: each export is a directory or file in here.
 const SHARED: &str = "/run/katavm/shared";
-/// The export's name of the root file system.
+/// The end of the export's name of a root file system.
 const ROOTFS: &str = "rootfs";
 
 /// Character devices that each Linux has under the same name and number: the guest's own stands in for the host's.
@@ -96,24 +99,28 @@ pub struct SizeOptions {
     pub cpus: Option<u32>,
 }
 
+/// The container of the same sandbox that a namespace is shared with, by the namespace's type.
+pub type SharedNamespaces = HashMap<LinuxNamespaceType, Id>;
+
 impl Plan {
-    /// Plans a sandbox for one bundle.
+    /// Plans what a container needs of its sandbox: of one that is to be made, or as one more of one that is there.
     ///
     /// # Errors
     /// Any [`PlanError`].
-    pub fn new(bundle: &Bundle, options: SizeOptions) -> Result<Self, PlanError> {
+    pub fn new(id: &Id, bundle: &Bundle, options: SizeOptions, shared: &SharedNamespaces) -> Result<Self, PlanError> {
         let size = Size::plan(&bundle.spec, options.memory, options.cpus)?;
         let mut spec = bundle.spec.clone();
         // The root stays writable for the guest even if `root.readonly` is set: mount points that are missing in it
         // are made by the agent, as other runtimes do, before it becomes read-only for the container.
         let mut volumes = Vec::new();
-        let mut exports = vec![Export { name: ROOTFS.into(), path: bundle.rootfs.clone(), read_only: false }];
+        let rootfs = format!("{id}.{ROOTFS}");
         if let Some(root) = spec.root_mut() {
-            root.set_path(Path::new(SHARED).join(ROOTFS));
+            root.set_path(Path::new(SHARED).join(&rootfs));
         }
+        let mut exports = vec![Export { name: rootfs, path: bundle.rootfs.clone(), read_only: false }];
         if let Some(mounts) = spec.mounts_mut() {
             for (index, mount) in mounts.iter_mut().enumerate() {
-                if let Some(export) = share(mount, index, &bundle.path)? {
+                if let Some(export) = share(id, mount, index, &bundle.path)? {
                     volumes.push(Volume {
                         source: export.path.clone(),
                         destination: mount.destination().clone(),
@@ -124,14 +131,14 @@ impl Plan {
             }
         }
         let view = View { rootfs: bundle.rootfs.clone(), volumes };
-        strip(&mut spec);
+        strip(&mut spec, shared);
         let terminal = spec.process().as_ref().and_then(|process| process.terminal()).unwrap_or_default();
         Ok(Self { size, exports, guest_spec: serde_json::to_vec(&spec)?, terminal, view })
     }
 }
 
 /// Turns the source of a bind mount into a path of the guest; the export that this takes.
-fn share(mount: &mut Mount, index: usize, bundle: &Path) -> Result<Option<Export>, PlanError> {
+fn share(id: &Id, mount: &mut Mount, index: usize, bundle: &Path) -> Result<Option<Export>, PlanError> {
     let options = mount.options().as_deref().unwrap_or_default();
     let has = |option: &str| options.iter().any(|other| other == option);
     if !(mount.typ().as_deref() == Some("bind") || has("bind") || has("rbind")) {
@@ -147,7 +154,7 @@ fn share(mount: &mut Mount, index: usize, bundle: &Path) -> Result<Option<Export
     let special = |kind: FileKind| PlanError::Special { index, source_path: path.clone(), kind: kind.name() };
     match kind {
         FileKind::Directory | FileKind::Regular => {
-            let name = format!("mount-{index}");
+            let name = format!("{id}.mount-{index}");
             let read_only = has("ro") || has("rro");
             mount.set_source(Some(Path::new(SHARED).join(&name)));
             Ok(Some(Export { name, path, read_only }))
@@ -163,7 +170,7 @@ fn share(mount: &mut Mount, index: usize, bundle: &Path) -> Result<Option<Export
 }
 
 /// Takes out what would have a wrong meaning in the guest; each field is one that `config::honoured` warns about.
-fn strip(spec: &mut Spec) {
+fn strip(spec: &mut Spec, shared: &SharedNamespaces) {
     let Some(linux) = spec.linux_mut() else { return };
     linux.set_cgroups_path(None);
     linux.set_net_devices(None);
@@ -172,7 +179,9 @@ fn strip(spec: &mut Spec) {
     linux.set_memory_policy(None);
     if let Some(namespaces) = linux.namespaces_mut() {
         for namespace in namespaces {
-            namespace.set_path(None);
+            // The agent knows where the other container's is.
+            let owner = shared.get(&namespace.typ()).map(|id| PathBuf::from(format!("{CONTAINER}{id}")));
+            namespace.set_path(owner.filter(|_| namespace.path().is_some()));
         }
     }
     if let Some(resources) = linux.resources_mut() {
@@ -232,14 +241,16 @@ mod tests {
 
     fn plan(mounts: Value) -> (Plan, Value) {
         let (_dir, bundle) = bundle(mounts);
-        let plan = Plan::new(&bundle, SizeOptions::default()).unwrap();
+        let plan = Plan::new(&"c1".parse().unwrap(), &bundle, SizeOptions::default(), &HashMap::new()).unwrap();
         let spec = serde_json::from_slice(&plan.guest_spec).unwrap();
         (plan, spec)
     }
 
     fn error(mounts: Value) -> String {
         let (_dir, bundle) = bundle(mounts);
-        let text = Plan::new(&bundle, SizeOptions::default()).unwrap_err().to_string();
+        let text = Plan::new(&"c1".parse().unwrap(), &bundle, SizeOptions::default(), &HashMap::new())
+            .unwrap_err()
+            .to_string();
         text.replace(bundle.path.to_str().unwrap(), "B")
     }
 
@@ -252,11 +263,11 @@ mod tests {
             { "destination": "/dev/zero", "type": "none", "source": "/dev/zero", "options": ["bind"] },
         ]));
         let names: Vec<_> = plan.exports.iter().map(|e| (e.name.as_str(), e.read_only)).collect();
-        assert_eq!(names, [("rootfs", false), ("mount-1", true), ("mount-2", false)]);
+        assert_eq!(names, [("c1.rootfs", false), ("c1.mount-1", true), ("c1.mount-2", false)]);
         assert!(plan.exports.iter().all(|export| export.path.is_absolute()));
-        assert_eq!(spec["root"]["path"], "/run/katavm/shared/rootfs");
+        assert_eq!(spec["root"]["path"], "/run/katavm/shared/c1.rootfs");
         let sources: Vec<_> = spec["mounts"].as_array().unwrap().iter().map(|m| m["source"].clone()).collect();
-        assert_eq!(sources, ["proc", "/run/katavm/shared/mount-1", "/run/katavm/shared/mount-2", "/dev/zero"]);
+        assert_eq!(sources, ["proc", "/run/katavm/shared/c1.mount-1", "/run/katavm/shared/c1.mount-2", "/dev/zero"]);
         assert_eq!(spec["mounts"][1]["options"], json!(["rbind", "ro"]));
     }
 
@@ -278,7 +289,9 @@ mod tests {
         assert_eq!(error(json!([{ "destination": "/mnt", "type": "bind" }])), "mounts[0]: a bind mount needs a source");
         let (dir, bundle) = bundle(json!([{ "destination": "/s", "type": "bind", "source": "socket" }]));
         let _listener = UnixListener::bind(dir.path().join("socket")).unwrap();
-        let text = Plan::new(&bundle, SizeOptions::default()).unwrap_err().to_string();
+        let text = Plan::new(&"c1".parse().unwrap(), &bundle, SizeOptions::default(), &HashMap::new())
+            .unwrap_err()
+            .to_string();
         assert!(text.contains("/socket\" is a socket of the host's kernel"), "{text}");
         let text = error(json!([{ "destination": "/k", "type": "bind", "source": "/dev/kmsg" }]));
         assert!(text.contains("\"/dev/kmsg\" is a character device"), "{text}");

@@ -18,18 +18,35 @@ pub struct ShareError {
     error: io::Error,
 }
 
-/// Opens the exports of a plan and puts them into one share.
-///
-/// # Errors
-/// Which of them cannot be opened or served.
-pub fn open(exports: &[Export]) -> Result<FsShare, ShareError> {
-    let share = FsShare::new();
-    for export in exports {
-        let options = ExportOptions { read_only: export.read_only, ..ExportOptions::default() };
-        let added = host::open_shared(&export.path).and_then(|(fd, _)| share.add_export(&export.name, fd, options));
-        added.map_err(|error| ShareError { path: export.path.clone(), error })?;
+/// Exports of one container in its guest's share; they are taken out again when this is dropped.
+pub struct Exports {
+    share: FsShare,
+    names: Vec<String>,
+}
+
+impl Exports {
+    /// Opens the exports of a plan and puts them into the share.
+    ///
+    /// # Errors
+    /// Which of them cannot be opened or served; none is in the share then.
+    pub fn add(share: &FsShare, exports: &[Export]) -> Result<Self, ShareError> {
+        let mut added = Self { share: share.clone(), names: Vec::with_capacity(exports.len()) };
+        for export in exports {
+            let options = ExportOptions { read_only: export.read_only, ..ExportOptions::default() };
+            let put = host::open_shared(&export.path).and_then(|(fd, _)| share.add_export(&export.name, fd, options));
+            put.map_err(|error| ShareError { path: export.path.clone(), error })?;
+            added.names.push(export.name.clone());
+        }
+        Ok(added)
     }
-    Ok(share)
+}
+
+impl Drop for Exports {
+    fn drop(&mut self) {
+        for name in &self.names {
+            self.share.remove_export(name);
+        }
+    }
 }
 
 #[cfg(test)]
@@ -39,7 +56,7 @@ mod tests {
     #[test]
     fn what_is_gone_is_named() {
         let export = Export { name: "rootfs".into(), path: "/nowhere".into(), read_only: false };
-        let error = open(&[export]).err().map(|error| error.to_string()).unwrap();
+        let error = Exports::add(&FsShare::new(), &[export]).err().map(|error| error.to_string()).unwrap();
         assert!(error.starts_with("cannot share /nowhere with the guest: No such file"), "{error}");
     }
 
@@ -49,6 +66,11 @@ mod tests {
         let file = dir.path().join("file");
         std::fs::write(&file, "x").unwrap();
         let export = |name: &str, path| Export { name: name.into(), path, read_only: true };
-        open(&[export("d", dir.path().to_owned()), export("f", file)]).unwrap();
+        let exports = [export("d", dir.path().to_owned()), export("f", file)];
+        let share = FsShare::new();
+        let added = Exports::add(&share, &exports).unwrap();
+        assert!(Exports::add(&share, &exports).is_err(), "the names are taken");
+        drop(added);
+        Exports::add(&share, &exports).unwrap();
     }
 }

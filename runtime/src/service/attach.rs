@@ -19,13 +19,16 @@ use crate::link::{Hello, Link, ToStandIn};
 use crate::pod::Io;
 use crate::process::stdio::Inherited;
 use crate::process::terminal::WindowSize;
+use crate::state::StateDir;
 
 /// Streams and link of a process that is to be made.
 pub struct Attached {
     /// Its streams.
     pub io: Io,
-    /// To whoever asked for it.
+    /// To whoever asked for it, or to what stands for it.
     pub link: Link,
+    /// The state directory of a container that is to be made.
+    pub state: Option<StateDir>,
 }
 
 /// Those that wait for their process, by container id and exec id.
@@ -111,16 +114,28 @@ async fn accept(listener: AsyncFd<OwnedFd>, pending: Pending) {
 }
 
 async fn greet(socket: OwnedFd, pending: &Pending) -> io::Result<()> {
-    let link = Link::new(socket)?;
-    let Some((hello, descriptors)) = link.receive::<Hello>().await? else { return Ok(()) };
-    let io = streams(&hello, descriptors)?;
-    link.send(&ToStandIn::Heard).await?;
-    pending.lock().insert((hello.container_id, hello.exec_id), Attached { io, link });
-    Ok(())
+    let asker = Link::new(socket)?;
+    let Some((hello, descriptors)) = asker.receive::<Hello>().await? else { return Ok(()) };
+    let mut descriptors = descriptors.into_iter();
+    let io = streams(&hello, &mut descriptors)?;
+    let key = (hello.container_id, hello.exec_id);
+    let Some(path) = hello.state else {
+        asker.send(&ToStandIn::Heard).await?;
+        pending.lock().insert(key, Attached { io, link: asker, state: None });
+        return Ok(());
+    };
+    let mut next = || descriptors.next().ok_or_else(|| io::Error::other("a descriptor is missing"));
+    let state = StateDir::adopt(path, next()?.into());
+    let link = Link::new(next()?)?;
+    pending.lock().insert(key.clone(), Attached { io, link, state: Some(state) });
+    asker.send(&ToStandIn::Heard).await?;
+    // Nothing more is said. Who goes away without asking for the container leaves nothing of it.
+    let gone = asker.receive::<Hello>().await;
+    drop(pending.lock().remove(&key));
+    gone.map(drop)
 }
 
-fn streams(hello: &Hello, descriptors: Vec<OwnedFd>) -> io::Result<Io> {
-    let mut descriptors = descriptors.into_iter();
+fn streams(hello: &Hello, descriptors: &mut impl Iterator<Item = OwnedFd>) -> io::Result<Io> {
     if hello.terminal {
         let slave = descriptors.next().ok_or_else(|| io::Error::other("no terminal was passed"))?;
         return Io::over_terminal(slave, WindowSize::default()).map_err(io::Error::other);

@@ -6,8 +6,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use containerd_shim_protos::api::{
-    CloseIORequest, DeleteRequest, ExecProcessRequest, KillRequest, PauseRequest, PidsRequest, ResumeRequest,
-    StartRequest, StatsRequest, UpdateTaskRequest, WaitRequest,
+    CloseIORequest, CreateTaskRequest, DeleteRequest, ExecProcessRequest, KillRequest, PauseRequest, PidsRequest,
+    ResumeRequest, StartRequest, StatsRequest, UpdateTaskRequest, WaitRequest,
 };
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::shim_async::TaskClient;
@@ -23,6 +23,7 @@ use super::task::processes;
 use super::{ATTACH, ShortPath, TASK, attach};
 use crate::link::{self, Hello, ToStandIn};
 use crate::sandbox::agent::GuestProcess;
+use crate::state::StateDir;
 
 /// How long a sandbox process has for an answer. Generous: guests run on busy hosts.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -101,24 +102,60 @@ impl Client {
         self.ask(self.task.exec(soon(), &request)).map(drop)
     }
 
-    /// Passes streams for a further process: the three standard ones, or a terminal alone.
+    /// Passes streams for a further process: the three standard ones, or a terminal alone. What is returned is the link
+    /// to the process.
     ///
     /// # Errors
     /// Any [`ClientError`].
     pub fn attach(&self, exec_id: &str, streams: &Streams<'_>) -> Result<OwnedFd, ClientError> {
-        let link = attach::dial(&self.directory.join(ATTACH))?;
-        let given: Vec<BorrowedFd<'_>> = streams.all.iter().flatten().copied().collect();
+        self.hand_over(exec_id, streams, None)
+    }
+
+    /// Passes what a further container needs: the streams of its first process, its state directory, and the link to
+    /// its stand-in. Keep what is returned until it is made.
+    ///
+    /// # Errors
+    /// Any [`ClientError`].
+    pub fn attach_container(
+        &self,
+        streams: &Streams<'_>,
+        state: &StateDir,
+        link: &OwnedFd,
+    ) -> Result<OwnedFd, ClientError> {
+        self.hand_over("", streams, Some((state, link)))
+    }
+
+    fn hand_over(
+        &self,
+        exec_id: &str,
+        streams: &Streams<'_>,
+        container: Option<(&StateDir, &OwnedFd)>,
+    ) -> Result<OwnedFd, ClientError> {
+        let socket = attach::dial(&self.directory.join(ATTACH))?;
+        let mut given: Vec<BorrowedFd<'_>> = streams.all.iter().flatten().copied().collect();
+        given.extend(container.iter().flat_map(|(state, link)| [state.lock().as_fd(), link.as_fd()]));
         let hello = Hello {
             container_id: self.id.clone(),
             exec_id: exec_id.into(),
             streams: streams.all.map(|stream| stream.is_some()),
             terminal: streams.terminal,
+            state: container.map(|(state, _)| state.path().to_owned()),
         };
-        link::send(&link, &hello, &given)?;
-        match link::receive(&link)? {
-            Some((ToStandIn::Heard, _)) => Ok(link),
+        link::send(&socket, &hello, &given)?;
+        match link::receive(&socket)? {
+            Some((ToStandIn::Heard, _)) => Ok(socket),
             _ => Err(ClientError::Connection("it did not take the streams".into())),
         }
+    }
+
+    /// Makes a further container of a bundle, for which everything was passed by [`Client::attach_container`].
+    ///
+    /// # Errors
+    /// Any [`ClientError`].
+    pub fn create(&self, bundle: &Path, terminal: bool) -> Result<(), ClientError> {
+        let bundle = bundle.to_str().ok_or_else(|| io::Error::other("the bundle's path is not UTF-8"))?.to_owned();
+        let request = CreateTaskRequest { id: self.id.clone(), bundle, terminal, ..Default::default() };
+        self.ask(self.task.create(soon(), &request)).map(drop)
     }
 
     /// Sends a signal to a process, or to all of the container.

@@ -39,7 +39,7 @@ pub async fn serve(pod: &Arc<Pod>, directory: &Path) -> Result<Service, PodError
     let short = ShortPath::of(directory).map_err(failed)?;
     let attach = attach::listen(&short.join(ATTACH)).map_err(failed)?;
     let listener = UnixListener::bind(short.join(TASK)).map_err(failed)?;
-    let service = Arc::new(task::TaskService::new(Arc::clone(pod), attach.pending()));
+    let service = Arc::new(task::TaskService::new(Arc::clone(pod), attach.pending(), directory.to_owned()));
     let stream = futures::stream::unfold(listener, |listener| async move {
         let accepted = listener.accept().await.map(|(stream, _)| stream);
         Some((accepted, listener))
@@ -51,6 +51,15 @@ pub async fn serve(pod: &Arc<Pod>, directory: &Path) -> Result<Service, PodError
     server = server.register_service(methods);
     server.start().await.map_err(|error| failed(io::Error::other(error)))?;
     Ok(Service { _server: server, _attach: attach })
+}
+
+/// Makes the service that is reached by `directory` reachable by another one, too: connecting takes no more than a name
+/// of the socket.
+///
+/// # Errors
+/// Those of link(2).
+fn share(directory: &Path, with: &Path) -> io::Result<()> {
+    [TASK, ATTACH].iter().try_for_each(|name| std::fs::hard_link(directory.join(name), with.join(name)))
 }
 
 /// A directory by its descriptor, so that the paths of sockets in it are shorter than the 107 bytes that they may have.

@@ -1,13 +1,14 @@
 //! containerd's Task API (`containerd.task.v2.Task`, `containerd.task.v3.Task`) over a pod.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use containerd_shim_protos::api::{
-    CloseIORequest, ConnectRequest, ConnectResponse, DeleteRequest, DeleteResponse, Empty, ExecProcessRequest,
-    KillRequest, PauseRequest, PidsRequest, PidsResponse, ProcessInfo, ResizePtyRequest, ResumeRequest, StartRequest,
-    StartResponse, StateRequest, StateResponse, StatsRequest, StatsResponse, Status as TaskStatus, UpdateTaskRequest,
-    WaitRequest, WaitResponse,
+    CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse, DeleteRequest,
+    DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest, PidsRequest, PidsResponse, ProcessInfo,
+    ResizePtyRequest, ResumeRequest, StartRequest, StartResponse, StateRequest, StateResponse, StatsRequest,
+    StatsResponse, Status as TaskStatus, UpdateTaskRequest, WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::shim_async::Task;
 use katavm_protocol::agent::Exit;
@@ -23,6 +24,7 @@ use crate::process::stdio::Inherited;
 use crate::process::terminal::WindowSize;
 use crate::state::Status;
 
+mod create;
 mod metrics;
 pub(super) mod processes;
 
@@ -30,12 +32,14 @@ pub(super) mod processes;
 pub struct TaskService {
     pod: Arc<Pod>,
     pending: Pending,
+    /// Where its sockets are.
+    directory: PathBuf,
 }
 
 impl TaskService {
-    /// Over a pod; descriptors for processes come by `pending`.
-    pub fn new(pod: Arc<Pod>, pending: Pending) -> Self {
-        Self { pod, pending }
+    /// Over a pod; descriptors for processes come by `pending`. Served by sockets in `directory`.
+    pub fn new(pod: Arc<Pod>, pending: Pending, directory: PathBuf) -> Self {
+        Self { pod, pending, directory }
     }
 }
 
@@ -66,6 +70,14 @@ async fn to_its_end<T: Send + 'static>(
 
 #[async_trait]
 impl Task for TaskService {
+    async fn create(&self, _: &TtrpcContext, request: CreateTaskRequest) -> ttrpc::Result<CreateTaskResponse> {
+        let nothing = || PodError::State(format!("nothing was passed for container {}", request.id));
+        let attached = self.pending.take(&request.id, "").ok_or_else(nothing).map_err(refusal)?;
+        let (pod, directory) = (Arc::clone(&self.pod), self.directory.clone());
+        let pid = to_its_end(async move { create::create(&pod, &directory, attached, request).await }).await?;
+        Ok(CreateTaskResponse { pid, ..Default::default() })
+    }
+
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
         let container = self.pod.container(&request.id).map_err(refusal)?;
         let process = container.process(&request.exec_id).map_err(refusal)?;

@@ -209,7 +209,7 @@ pub struct Found {
     pub alive: bool,
 }
 
-/// The directory of a living sandbox. Dropping it removes it, unless it is to be kept.
+/// The directory of a container whose sandbox lives. Dropping it removes it, unless it is to be kept.
 #[derive(Debug)]
 pub struct StateDir {
     root: StateRoot,
@@ -219,10 +219,38 @@ pub struct StateDir {
 }
 
 impl StateDir {
+    /// Takes over what another process has claimed and disowns: the directory, and the lock that both hold meanwhile.
+    #[must_use]
+    pub fn adopt(path: PathBuf, lock: File) -> Self {
+        let root = StateRoot { path: path.parent().unwrap_or(&path).to_owned() };
+        Self { root, path, lock, kept: false }
+    }
+
     /// Where it is.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The directory that it is in.
+    #[must_use]
+    pub fn root(&self) -> &StateRoot {
+        &self.root
+    }
+
+    /// What tells that its container lives.
+    #[must_use]
+    pub fn lock(&self) -> &File {
+        &self.lock
+    }
+
+    /// Reads the record.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn read(&self) -> Result<Record, StateError> {
+        let path = self.path.join(RECORD);
+        Record::read(&path).map_err(failed("read", &path))
     }
 
     /// Writes the record, whole or not at all.

@@ -16,6 +16,9 @@ pub const CASES: Table = (
         ("runs_a_container", podman_run),
         ("execs_copies_pauses_and_stops", podman_container),
         ("networks_and_publishes_ports", networks),
+        ("options_have_their_effects", options),
+        ("looks_after_a_container", looks_after),
+        ("a_pod_is_one_sandbox", pod),
     ],
 );
 
@@ -23,6 +26,8 @@ pub const CASES: Table = (
 fn podman(context: &Context, text: &str) -> Result<String> {
     super::agent::rootfs(context)?;
     let prelude = "podman() { command podman --runtime $(command -v katavm) \"$@\"; }
+        for applet in $(/bin/busybox --list | grep -vx busybox); do ln -sf busybox rootfs/bin/$applet; done
+        echo root:x:0:0:root:/root:/bin/sh >rootfs/etc/passwd
         tar -C rootfs -c . | podman import - bb >import 2>&1\n";
     script(context, &format!("{prelude}{text}"))
 }
@@ -66,26 +71,105 @@ fn networks(context: &Context) -> Result<Verdict> {
     let traces = Traces::of(Path::new("/nonexistent"));
     let output = podman(
         context,
-        "ln -s busybox rootfs/bin/httpd; ln -s busybox rootfs/bin/wget; ln -s busybox rootfs/bin/ip
-         tar -C rootfs -c . | command podman import - net >import 2>&1
-         trap 'ip netns del outside; podman rm -fa -t 0 >p; podman network rm n1 >p; podman rmi -fa >p' EXIT
+        "trap 'ip netns del outside; podman rm -fa -t 0 >p; podman network rm n1 >p; podman rmi -fa >p' EXIT
          [ -e /etc/resolv.conf ] || echo 'nameserver 192.0.2.1' >/etc/resolv.conf # the names' server wants one
          ip netns add outside; ip link add far netns outside type veth peer name near
          ip addr add 10.99.0.1/24 dev near; ip link set near up
          ip -n outside addr add 10.99.0.2/24 dev far; ip -n outside link set far up; ip -n outside route add default via 10.99.0.1
          serve='echo hello from the guest >/tmp/index.html; exec httpd -f -p 80 -h /tmp'
-         podman run -d --name web -p 8080:80 net sh -c \"$serve\" >id
+         podman run -d --name web -p 8080:80 bb sh -c \"$serve\" >id
          until curl -fsS -o page -m 20 http://127.0.0.1:8080/ 2>err; do sleep 1; done; cat page
          ip netns exec outside curl -sS -m 60 http://10.99.0.1:8080/
-         podman run --rm net sh -c 'cd /sys/class/net; echo *'
+         podman run --rm bb sh -c 'cd /sys/class/net; echo *'
          podman rm -f -t 0 web >p
-         podman network create n1 >p; podman run -d --name named --network n1 net sh -c \"$serve\" >id
-         podman run --rm --network n1 net sh -c 'until wget -qO- http://named/; do sleep 1; done'
-         podman run --rm --network none net sh -c 'cd /sys/class/net; echo *'
-         podman run --rm --network host net true 2>&1 | grep -o \"the host's network: a guest cannot share it\"",
+         podman network create n1 >p; podman run -d --name named --network n1 bb sh -c \"$serve\" >id
+         podman run --rm --network n1 bb sh -c 'until wget -qO- http://named/; do sleep 1; done'
+         podman run --rm --network none bb sh -c 'cd /sys/class/net; echo *'
+         podman run --rm --network host bb true 2>&1 | grep -o \"the host's network: a guest cannot share it\"",
     )?;
     let page = "hello from the guest";
     expect(&output, &[page, page, "eth0 lo", page, "lo", "the host's network: a guest cannot share it"])?;
+    let left: Vec<_> = traces.new_ones().into_iter().filter(|trace| trace.contains("katavm")).collect();
+    ensure!(left.is_empty(), "left behind: {left:?}");
+    Ok(Verdict::Passed)
+}
+
+fn options(context: &Context) -> Result<Verdict> {
+    fs::write(
+        context.scratch().join("seccomp.json"),
+        r#"{"defaultAction":"SCMP_ACT_ALLOW","syscalls":[{"names":["mkdir","mkdirat"],"action":"SCMP_ACT_ERRNO"}]}"#,
+    )?;
+    let output = podman(
+        context,
+        "run() { podman run --rm --network none \"$@\"; }
+         run --tmpfs /etc:size=1m bb sh -c 'cat /etc/passwd; echo x >/etc/new; ls /etc'; ls rootfs/etc
+         run --read-only bb sh -c 'echo x >/tmp/f && cat /tmp/f; echo x >/f || echo refused' 2>err
+         run --init bb sh -c 'tr \"\\0\" \" \" </proc/1/cmdline | cut -c1-16'
+         run --security-opt seccomp=seccomp.json bb mkdir /tmp/d 2>/dev/null || echo code $?
+         run -v $PWD/seccomp.json:/single:ro bb sh -c 'wc -c </single'
+         run --hostname hh --env A=b --workdir /tmp --ulimit nofile=77:88 bb sh -c 'hostname; echo $A; pwd; ulimit -n'
+         run --device /dev/null:/dev/mynull bb sh -c 'echo gone >/dev/mynull; [ -c /dev/mynull ] && echo device'
+         run --sysctl net.core.somaxconn=77 bb cat /proc/sys/net/core/somaxconn
+         run --privileged bb sh -c 'mount -t tmpfs none /tmp && echo mounted'",
+    )?;
+    let passwd = "root:x:0:0:root:/root:/bin/sh";
+    let expected = [
+        passwd,
+        "new",
+        "passwd",
+        "passwd",
+        "x",
+        "refused",
+        "/run/podman-init",
+        "code 1",
+        "106",
+        "hh",
+        "b",
+        "/tmp",
+        "77",
+        "device",
+        "77",
+        "mounted",
+    ];
+    expect(&output, &expected)?;
+    Ok(Verdict::Passed)
+}
+
+fn looks_after(context: &Context) -> Result<Verdict> {
+    let output = podman(
+        context,
+        "podman run -d --name h --network none --health-cmd 'cat /etc/passwd' --health-interval 1s bb sleep 1000 >id
+         podman healthcheck run h; podman inspect h --format '{{.State.Health.Status}}'
+         podman stats --no-stream --no-reset --format '{{.Name}}' h
+         podman top h -eo comm >top; echo $(wc -l <top)
+         podman update --memory 200m h >p; podman exec h cat /sys/fs/cgroup/memory.max
+         podman restart -t 0 h; podman exec h echo after; podman kill -s KILL h; podman wait h; podman rm h; podman ps -aq",
+    )?;
+    expect(&output, &["healthy", "h", "2", "209715200", "h", "after", "h", "137", "h"])?;
+    Ok(Verdict::Passed)
+}
+
+/// Containers of a pod reach each other by the loopback, share what they are to share, and come and go.
+fn pod(context: &Context) -> Result<Verdict> {
+    let traces = Traces::of(Path::new("/nonexistent"));
+    let output = podman(
+        context,
+        "trap 'podman pod rm -fa -t 0 >p; podman rm -fa -t 0 >p' EXIT
+         said='while :; do echo from p1 | nc -l -p 80; done'
+         podman pod create --name pp --share net,ipc,uts,pid -p 8080:80 >id
+         podman run -d --pod pp --name p1 bb sh -c \"$said\" >id
+         podman run --rm --pod pp bb sh -c 'until nc 127.0.0.1 80 2>/dev/null; do sleep 1; done; hostname; ps' >seen
+         head -2 seen; grep -c catatonit seen
+         [ $(pgrep -cx katavm-sandbox) = 1 ] && echo one sandbox; katavm list -q | wc -l
+         podman stop -t 0 p1; podman start p1; podman exec p1 echo again
+         podman pod stop -t 0 pp; pgrep -cx katavm-sandbox || true; podman pod start pp; podman exec p1 echo once more
+         podman pod rm -f -t 0 pp >id
+         podman run -d --name c1 --network none bb sleep 1000 >id
+         podman run --rm --network container:c1 bb cat /sys/class/net/lo/operstate; podman rm -f -t 0 c1; katavm list -q",
+    )?;
+    let expected =
+        ["from p1", "pp", "1", "one sandbox", "2", "p1", "p1", "again", "pp", "0", "pp", "once more", "unknown", "c1"];
+    expect(&output, &expected)?;
     let left: Vec<_> = traces.new_ones().into_iter().filter(|trace| trace.contains("katavm")).collect();
     ensure!(left.is_empty(), "left behind: {left:?}");
     Ok(Verdict::Passed)

@@ -1,0 +1,120 @@
+//! Which sandbox a container belongs in: one of its own, or that of the pod that an engine has made before.
+//!
+//! CRI-O says so by annotations. Podman says so by namespaces: a container that is given the network namespace of
+//! another shares everything that a sandbox is.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+
+use crate::sandbox::plan::SharedNamespaces;
+use crate::state::{Found, Id, StateError, StateRoot, Status};
+
+/// CRI-O: `sandbox` for the first container of a pod, `container` for the others.
+const CONTAINER_TYPE: &str = "io.kubernetes.cri-o.ContainerType";
+/// CRI-O: the first container's id.
+const SANDBOX_ID: &str = "io.kubernetes.cri-o.SandboxID";
+
+/// Why a container cannot join a pod.
+#[derive(Debug, thiserror::Error)]
+pub enum MembershipError {
+    /// It names none.
+    #[error("annotations: {CONTAINER_TYPE} is \"container\", but {SANDBOX_ID} names no sandbox")]
+    NoSandbox,
+    /// The one that it names is not there.
+    #[error("annotations: the sandbox {0} ({SANDBOX_ID}) does not run")]
+    Gone(String),
+    /// The state of others cannot be read.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// The namespace cannot be looked at.
+    #[error("linux.namespaces: cannot look at {path}: {error}")]
+    Namespace {
+        /// Its file.
+        path: PathBuf,
+        /// What the system said.
+        error: io::Error,
+    },
+}
+
+/// The pod that a container belongs in.
+#[derive(Clone, Debug)]
+pub struct Membership {
+    /// A container of it, whose directory has the sockets of the sandbox process.
+    pub peer: Found,
+}
+
+impl Membership {
+    /// The pod of a container with this configuration; nothing if it gets a sandbox of its own.
+    ///
+    /// # Errors
+    /// Any [`MembershipError`].
+    pub fn find(root: &StateRoot, spec: &Spec) -> Result<Option<Self>, MembershipError> {
+        let empty = HashMap::new();
+        let annotations = spec.annotations().as_ref().unwrap_or(&empty);
+        let peer = match annotations.get(CONTAINER_TYPE).map(String::as_str) {
+            Some("container") => {
+                let sandbox = annotations.get(SANDBOX_ID).ok_or(MembershipError::NoSandbox)?;
+                let found = sandbox.parse::<Id>().ok().and_then(|id| root.find(&id).ok()).filter(lives);
+                Some(found.ok_or_else(|| MembershipError::Gone(sandbox.clone()))?)
+            }
+            Some("sandbox") => None,
+            _ => match namespace(spec, LinuxNamespaceType::Network) {
+                Some(path) => owner(root, path, "net", None)?,
+                None => None,
+            },
+        };
+        Ok(peer.map(|peer| Self { peer }))
+    }
+}
+
+/// The containers whose namespaces the configuration of container `id` asks for. Other namespaces of the host mean
+/// nothing in a guest, and are warned of.
+///
+/// # Errors
+/// Any [`MembershipError`].
+pub fn shared_namespaces(root: &StateRoot, id: &Id, spec: &Spec) -> Result<SharedNamespaces, MembershipError> {
+    let mut shared = SharedNamespaces::new();
+    let files = [(LinuxNamespaceType::Ipc, "ipc"), (LinuxNamespaceType::Uts, "uts"), (LinuxNamespaceType::Pid, "pid")];
+    for (kind, file) in files {
+        let Some(path) = namespace(spec, kind) else { continue };
+        match owner(root, path, file, Some(id))? {
+            Some(found) => drop(shared.insert(kind, found.record.id)),
+            None => log::warn!(
+                "config.json: linux.namespaces: the {kind} namespace {} is no other container's: a container in a \
+                 virtual machine cannot join one of the host, and gets one of its own",
+                path.display()
+            ),
+        }
+    }
+    Ok(shared)
+}
+
+/// The path of a namespace that a configuration joins.
+fn namespace(spec: &Spec, kind: LinuxNamespaceType) -> Option<&Path> {
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_deref()).unwrap_or_default();
+    namespaces.iter().find(|namespace| namespace.typ() == kind).and_then(|namespace| namespace.path().as_deref())
+}
+
+/// The container, other than `except`, whose stand-in is in a namespace.
+fn owner(root: &StateRoot, path: &Path, file: &str, except: Option<&Id>) -> Result<Option<Found>, MembershipError> {
+    let wanted = key_of(path).map_err(|error| MembershipError::Namespace { path: path.into(), error })?;
+    let is_in = |found: &Found| {
+        // One that ends just now has none any more.
+        key_of(Path::new(&format!("/proc/{}/ns/{file}", found.record.pid))).is_ok_and(|key| key == wanted)
+    };
+    Ok(root.list()?.into_iter().find(|found| Some(&found.record.id) != except && lives(found) && is_in(found)))
+}
+
+fn lives(found: &Found) -> bool {
+    found.alive && found.record.status != Status::Stopped
+}
+
+fn key_of(path: &Path) -> io::Result<(u64, u64)> {
+    let metadata = fs::metadata(path)?;
+    Ok((metadata.dev(), metadata.ino()))
+}
