@@ -6,6 +6,7 @@
 mod agent;
 mod boot;
 mod context;
+mod docker;
 mod failing;
 mod guest;
 mod hostile;
@@ -52,7 +53,8 @@ pub struct Case {
 #[must_use]
 pub fn cases(long: bool) -> Vec<Case> {
     let first: &[Table] = &[boot::CASES, agent::CASES, snapshot::CASES, network::CASES];
-    let last: &[Table] = &[oci::CASES, podman::CASES, failing::CASES, hostile::CASES, survive::CASES, user::CASES];
+    let last: &[Table] =
+        &[oci::CASES, podman::CASES, docker::CASES, failing::CASES, hostile::CASES, survive::CASES, user::CASES];
     let long: &[Table] = if long { &[failing::LONG, hostile::LONG, survive::LONG, run::LONG_TABLES[0]] } else { &[] };
     let tables = first.iter().chain(long).chain(&run::TABLES).chain(last);
     let cases = tables.flat_map(|(group, rows)| rows.iter().map(move |(name, check)| (group, name, check)));
