@@ -1,10 +1,12 @@
 //! `bench boot`: from the start of the process to the guest, katavm beside its peers.
 
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -16,7 +18,7 @@ use super::guest;
 use super::measure::{Measure, Table};
 use super::moments::{Moments, Station};
 use super::monitor::{Monitor, Setup, katavm};
-use super::process::Tree;
+use super::process::{Hung, Tree, await_readable};
 use super::syscalls;
 use crate::e2e::Context;
 
@@ -71,34 +73,41 @@ pub fn run(runs: u32, traced: u32, out: &mut impl Write) -> Result<()> {
     let monitors = Monitor::available();
     // Once for nothing: files come into the page cache, and katavm probes this machine's KVM.
     for monitor in &monitors {
-        bench.boot(*monitor)?;
+        bench.again(*monitor, || bench.boot(*monitor))?;
     }
-    bench.run_true()?;
+    bench.again(Monitor::Katavm, || bench.run_true())?;
     let mut table = Table::default();
     for round in 0..runs {
         for monitor in &monitors {
             say(round, monitor.name());
-            let boot = bench.boot(*monitor)?;
+            let boot = bench.again(*monitor, || bench.boot(*monitor))?;
             for (measure, value) in boot {
                 table.add(&measure, monitor.name(), value);
             }
             if round < traced {
                 say(round, "strace");
-                table.add(&SYSCALLS, monitor.name(), bench.syscalls(*monitor)?);
+                let calls = bench.again(*monitor, || bench.syscalls(*monitor))?;
+                table.add(&SYSCALLS, monitor.name(), calls);
             }
         }
         say(round, "katavm run /bin/true");
-        for (measure, value) in bench.run_true()? {
-            table.add(&measure, Monitor::Katavm.name(), value);
+        let ours = Monitor::Katavm;
+        for (measure, value) in bench.again(ours, || bench.run_true())? {
+            table.add(&measure, ours.name(), value);
         }
         say(round, "katavm run of a busy container");
-        table.add(&RUN_MEMORY, Monitor::Katavm.name(), bench.run_memory()?);
+        table.add(&RUN_MEMORY, ours.name(), bench.again(ours, || bench.run_memory())?);
         if round < traced {
             say(round, "strace katavm run /bin/true");
-            table.add(&AGENT_READY_SYSCALLS, Monitor::Katavm.name(), bench.agent_ready_syscalls()?);
+            let calls = bench.again(ours, || bench.agent_ready_syscalls())?;
+            table.add(&AGENT_READY_SYSCALLS, ours.name(), calls);
         }
     }
     table.print("boot", &MEASURES, out)?;
+    for monitor in &monitors {
+        let (boots, hung) = bench.tally(*monitor);
+        writeln!(out, "boot hung {} {hung} of {boots} boots", monitor.name())?;
+    }
     Ok(())
 }
 
@@ -107,8 +116,8 @@ fn say(round: u32, what: &str) {
     eprintln!("round {}: {what}", round + 1);
 }
 
-/// How often a peer that does not boot is tried again.
-const PEER_RETRIES: u32 = 2;
+/// How often a guest that hangs is tried again.
+const RETRIES: u32 = 3;
 
 /// What all runs share.
 struct Bench {
@@ -119,6 +128,8 @@ struct Bench {
     run_busy: PathBuf,
     /// `uname -r` of the guest.
     kernel_release: String,
+    /// Boots and hangs by the monitor's name.
+    tally: RefCell<HashMap<&'static str, (u32, u32)>>,
     _scratch: TempDir,
 }
 
@@ -152,24 +163,40 @@ impl Bench {
             run_true: config("true", &["/bin/true"])?,
             run_busy: config("busy", &["/bin/sh", "-c", BUSY])?,
             kernel_release: context.kernel_release()?,
+            tally: RefCell::default(),
             setup: Setup { kernel: image.join("vmlinux"), initramfs, bundle, scratch: scratch.path().into() },
             _scratch: scratch,
         })
     }
 
-    /// Boots the common guest until it has printed its line. A peer that hangs (QEMU was seen to, with an empty console, in the
-    /// emulated machine) is tried again, aloud; katavm is not.
-    fn boot(&self, monitor: Monitor) -> Result<[(Measure, f64); 5]> {
-        for _ in 0..PEER_RETRIES {
-            match self.try_boot(monitor) {
-                Err(error) if monitor != Monitor::Katavm => eprintln!("once more: {error:#}"),
+    /// Measures once more when the guest hangs, which is counted and told.
+    fn again<T>(&self, monitor: Monitor, measure: impl Fn() -> Result<T>) -> Result<T> {
+        let count = |hung| {
+            let mut tally = self.tally.borrow_mut();
+            let (boots, hangs) = tally.entry(monitor.name()).or_default();
+            *boots += 1;
+            *hangs += u32::from(hung);
+        };
+        for _ in 0..RETRIES {
+            let outcome = measure();
+            let hung = outcome.as_ref().is_err_and(|error| error.is::<Hung>());
+            count(hung);
+            match outcome {
+                Err(error) if hung => eprintln!("{}, once more: {error:#}", monitor.name()),
                 outcome => return outcome,
             }
         }
-        self.try_boot(monitor)
+        count(false);
+        measure()
     }
 
-    fn try_boot(&self, monitor: Monitor) -> Result<[(Measure, f64); 5]> {
+    /// How many guests of a monitor were booted, and how many of them hung.
+    fn tally(&self, monitor: Monitor) -> (u32, u32) {
+        self.tally.borrow().get(monitor.name()).copied().unwrap_or_default()
+    }
+
+    /// Boots the common guest until it has printed its line.
+    fn boot(&self, monitor: Monitor) -> Result<[(Measure, f64); 5]> {
         let mut command = monitor.command(&self.setup)?;
         let mut moments = Moments::watch()?;
         let start = now()?;
@@ -220,7 +247,7 @@ impl Bench {
     fn run_true(&self) -> Result<[(Measure, f64); 4]> {
         let mut moments = Moments::watch()?;
         let start = now()?;
-        let output = self.katavm(&self.run_true).arg("--timings=json").output()?;
+        let output = output(self.katavm(&self.run_true).arg("--timings=json"))?;
         let end = now()?;
         let text = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.success(), "katavm run /bin/true: {}: {text}", output.status);
@@ -243,6 +270,7 @@ impl Bench {
         let mut command = self.katavm(&self.run_busy);
         let mut tree = Tree::spawn(command.stdin(Stdio::piped()).stdout(Stdio::piped()))?;
         let stdout = tree.child().stdout.take().context("no stdout")?;
+        await_readable(&stdout)?;
         let mut line = String::new();
         BufReader::new(stdout).read_line(&mut line)?;
         ensure!(line == "busy\n", "the container says {line:?}");
@@ -252,7 +280,7 @@ impl Bench {
     /// System calls until the agent's report, which carries the guest kernel's release, arrives.
     fn agent_ready_syscalls(&self) -> Result<f64> {
         let log = self.setup.scratch.join("strace");
-        let output = syscalls::traced(&self.katavm(&self.run_true), &log).output()?;
+        let output = output(&mut syscalls::traced(&self.katavm(&self.run_true), &log))?;
         ensure!(output.status.success(), "strace katavm: {}", String::from_utf8_lossy(&output.stderr));
         Ok(syscalls::count(&log, Some(&self.kernel_release))? as f64)
     }
@@ -265,6 +293,11 @@ impl Bench {
         }
         command
     }
+}
+
+/// Runs a command to its end.
+fn output(command: &mut Command) -> Result<Output> {
+    Tree::spawn(command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()))?.output()
 }
 
 /// Runs a script of the checkout's `examples`.

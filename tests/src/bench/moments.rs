@@ -3,18 +3,15 @@
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read};
-use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use anyhow::{Context as _, Result};
 
 use super::guest::{INSTRUCTION, PRINTED};
+use super::process::await_readable;
 
-/// How long the next station may be away, in milliseconds. Generous: this is for guests that do not boot.
-const PATIENCE: u16 = 20_000;
 const INSTANCES: &str = "/sys/kernel/tracing/instances";
 
 /// A trace of the one guest that is started while it exists.
@@ -68,8 +65,7 @@ impl Moments {
     }
 
     fn read(&mut self) -> Result<()> {
-        let mut fds = [PollFd::new(self.pipe.as_fd(), PollFlags::POLLIN)];
-        ensure!(poll(&mut fds, PollTimeout::from(PATIENCE))? > 0, "it takes too long");
+        await_readable(&self.pipe)?;
         let mut bytes = [0; 4096];
         match self.pipe.read(&mut bytes) {
             Ok(len) => self.text.push_str(&String::from_utf8_lossy(&bytes[..len])),

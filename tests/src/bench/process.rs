@@ -1,14 +1,49 @@
 //! A monitor's processes: starting, counting and ending them.
 
+use std::fmt;
 use std::fs;
+use std::io::Read;
+use std::os::fd::AsFd;
 use std::path::Path;
-use std::process::{Child, Command};
+use std::process::{Child, Command, Output};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use rustix::process::PidfdFlags;
 
 use super::monitor::MEMORY_MIB;
+
+/// How long a guest may take for what it does within a second, by the clock of the counting lab: long enough to tell
+/// that it never will.
+pub const PATIENCE: Duration = Duration::from_secs(4);
+
+/// A guest that stands still.
+///
+/// In the emulated machine that happens to each monitor, in one of some forty boots: an interrupt comes while the guest's
+/// kernel has them switched off (`docs/lab.md`).
+#[derive(Debug)]
+pub struct Hung;
+
+impl fmt::Display for Hung {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the guest hangs")
+    }
+}
+
+impl std::error::Error for Hung {}
+
+/// Waits until a descriptor can be read, for as long as [`PATIENCE`].
+///
+/// # Errors
+/// [`Hung`].
+pub fn await_readable(fd: impl AsFd) -> Result<()> {
+    let patience = PollTimeout::try_from(PATIENCE)?;
+    ensure!(poll(&mut [PollFd::new(fd.as_fd(), PollFlags::POLLIN)], patience)? > 0, Hung);
+    Ok(())
+}
 
 /// A process with all its children, killed when it goes out of sight.
 pub struct Tree(Child);
@@ -21,6 +56,23 @@ impl Tree {
     pub fn spawn(command: &mut Command) -> Result<Self> {
         let child = command.spawn();
         child.map(Self).with_context(|| format!("cannot run {}", command.get_program().display()))
+    }
+
+    /// Waits for the end of the first process, whose output is no more than a pipe holds.
+    ///
+    /// # Errors
+    /// [`Hung`].
+    pub fn output(mut self) -> Result<Output> {
+        let pid = rustix::process::Pid::from_child(&self.0);
+        await_readable(rustix::process::pidfd_open(pid, PidfdFlags::empty())?)?;
+        let mut output = Output { status: self.0.wait()?, stdout: Vec::new(), stderr: Vec::new() };
+        if let Some(mut stdout) = self.0.stdout.take() {
+            stdout.read_to_end(&mut output.stdout)?;
+        }
+        if let Some(mut stderr) = self.0.stderr.take() {
+            stderr.read_to_end(&mut output.stderr)?;
+        }
+        Ok(output)
     }
 
     /// The first process of it.
