@@ -14,6 +14,7 @@ use katavm_vmm::{ExitReason, Microvm};
 use serde::{Deserialize, Serialize};
 
 use crate::hooks::{self, Point};
+use crate::host;
 use crate::launch::{Launch, StandIn};
 use crate::link::Link;
 use crate::network::GuestNetwork;
@@ -216,6 +217,9 @@ impl Work<'_> {
         } else if let Some(report) = self.report.take() {
             pod.container(self.launch.id.as_str())?.keep();
             report.tell(Ok(()));
+        }
+        if let Err(error) = host::let_go_of_code() {
+            log::debug!("cannot let go of what made the sandbox: {error}");
         }
         tokio::select! {
             () = pod.deserted() => {}

@@ -50,6 +50,8 @@ pub fn start(root: &StateRoot) -> Result<Watcher, WatcherError> {
             let mut kept = vec![sandbox.as_fd(), reader.as_fd()];
             kept.extend(terminal.as_ref().map(|terminal| terminal.fd.as_fd()));
             host::detach(&kept);
+            // Waiting takes next to none of it.
+            let _ = host::let_go_of_code();
             if watch(&sandbox, reader) == End::Unannounced {
                 if let Some(terminal) = terminal {
                     terminal.restore();

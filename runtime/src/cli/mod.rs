@@ -34,6 +34,8 @@ use arguments::{Arguments, Command, Global, Machine};
 
 /// What every failure of katavm itself ends with, as with runc.
 const FAILURE: u8 = 1;
+/// The same of `exec`, whose other codes are the process' own.
+const EXEC_FAILURE: u8 = 255;
 
 /// Runs the command line of this process.
 #[must_use]
@@ -48,12 +50,13 @@ pub fn main() -> ExitCode {
             return if error.use_stderr() { ExitCode::from(FAILURE) } else { ExitCode::SUCCESS };
         }
     };
+    let failure = if matches!(arguments.command, Command::Exec(_)) { EXEC_FAILURE } else { FAILURE };
     match dispatch(arguments, timings) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             let text = format!("{error:#}");
             messages::error(&text);
-            ExitCode::from(FAILURE)
+            ExitCode::from(failure)
         }
     }
 }

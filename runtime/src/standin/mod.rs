@@ -126,6 +126,8 @@ fn serve(mut view: Option<View>, link: &OwnedFd, signals: &Signals) -> io::Resul
                 Some((ToStandIn::Made, _)) => {
                     let settled = view.take().map_or(Ok(()), View::take_up).map_err(|error| error.to_string());
                     link::send(link, &FromStandIn::Settled(settled), &[])?;
+                    // Waiting takes next to none of it.
+                    let _ = host::let_go_of_code();
                 }
                 Some((ToStandIn::Heard, _)) => {}
                 Some((ToStandIn::Exited(status), _)) => return Ok(u8::try_from(status).unwrap_or(u8::MAX)),

@@ -15,7 +15,7 @@ pub const CASES: Table = ("docker", &[("runs_and_looks_after_containers", contai
 /// katavm.
 fn docker(context: &Context, text: &str) -> Result<String> {
     super::agent::rootfs(context)?;
-    let prelude = "for applet in $(/bin/busybox --list | grep -vx busybox); do ln -sf busybox rootfs/bin/$applet; done
+    let prelude = "rootfs/bin/busybox --install rootfs/bin 2>/dev/null || true
         echo root:x:0:0:root:/root:/bin/sh >rootfs/etc/passwd
         [ -e /etc/resolv.conf ] || echo 'nameserver 192.0.2.1' >/etc/resolv.conf
         mkdir -p /var/lib/docker; mount -t tmpfs none /var/lib/docker

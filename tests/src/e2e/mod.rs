@@ -4,6 +4,7 @@
 //! What a failed case left (console, logs) is kept under `$KATAVM_OUT/e2e/<case>`.
 
 mod agent;
+mod beside;
 mod boot;
 mod context;
 mod docker;
@@ -53,8 +54,16 @@ pub struct Case {
 #[must_use]
 pub fn cases(long: bool) -> Vec<Case> {
     let first: &[Table] = &[boot::CASES, agent::CASES, snapshot::CASES, network::CASES];
-    let last: &[Table] =
-        &[oci::CASES, podman::CASES, docker::CASES, failing::CASES, hostile::CASES, survive::CASES, user::CASES];
+    let last: &[Table] = &[
+        oci::CASES,
+        podman::CASES,
+        docker::CASES,
+        beside::CASES,
+        failing::CASES,
+        hostile::CASES,
+        survive::CASES,
+        user::CASES,
+    ];
     let long: &[Table] = if long { &[failing::LONG, hostile::LONG, survive::LONG, run::LONG_TABLES[0]] } else { &[] };
     let tables = first.iter().chain(long).chain(&run::TABLES).chain(last);
     let cases = tables.flat_map(|(group, rows)| rows.iter().map(move |(name, check)| (group, name, check)));

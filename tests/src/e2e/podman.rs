@@ -26,7 +26,7 @@ pub const CASES: Table = (
 fn podman(context: &Context, text: &str) -> Result<String> {
     super::agent::rootfs(context)?;
     let prelude = "podman() { command podman --runtime $(command -v katavm) \"$@\"; }
-        for applet in $(/bin/busybox --list | grep -vx busybox); do ln -sf busybox rootfs/bin/$applet; done
+        rootfs/bin/busybox --install rootfs/bin 2>/dev/null || true
         echo root:x:0:0:root:/root:/bin/sh >rootfs/etc/passwd
         tar -C rootfs -c . | podman import - bb >import 2>&1\n";
     script(context, &format!("{prelude}{text}"))
