@@ -130,6 +130,9 @@ impl Agent for Service {
 
     async fn wait(&self, _: &TtrpcContext, request: ProcessRequest) -> Result<WaitResponse> {
         let exit = self.containers.process(&request.container_id, &request.exec_id)?.wait().await;
+        if !request.exec_id.is_empty() {
+            self.containers.forget_exec(&request.container_id, &request.exec_id);
+        }
         Ok(WaitResponse { exit: Some(exit).into(), ..Default::default() })
     }
 

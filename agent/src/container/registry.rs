@@ -247,6 +247,13 @@ impl Containers {
         process.cloned().ok_or_else(|| Error::NotFound(format!("container {container_id} has no process {exec_id:?}")))
     }
 
+    /// Forgets a further process that has ended; the host knows how.
+    pub fn forget_exec(&self, container_id: &str, exec_id: &str) {
+        if let Ok(container) = self.container(container_id) {
+            drop(crate::lock(&container.processes).remove(exec_id));
+        }
+    }
+
     /// The cgroup of a container.
     ///
     /// # Errors

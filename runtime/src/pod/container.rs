@@ -158,10 +158,14 @@ impl Claim {
     /// The process was made: it is followed to its end.
     pub fn keep(self, process: &Arc<Process>) {
         self.container.execs().insert(self.exec_id.clone(), Some(Arc::clone(process)));
-        let process = Arc::clone(process);
+        let (process, container, exec_id) = (Arc::clone(process), Arc::clone(&self.container), self.exec_id.clone());
         tokio::spawn(async move {
             process.follow().await;
             process.dismiss_stand_in().await;
+            if process.has_stand_in() {
+                // That was all who wanted to know; its terminal must not stay open here.
+                container.remove_exec(&exec_id);
+            }
         });
     }
 }

@@ -187,6 +187,11 @@ impl Process {
         }
     }
 
+    /// Whether something stands for it on the host.
+    pub(super) fn has_stand_in(&self) -> bool {
+        self.link.is_some()
+    }
+
     /// Lets what stands for it on the host end with its status: whoever waits for that finds everything done.
     pub(super) async fn dismiss_stand_in(&self) {
         if let (Phase::Stopped(exit), Some(link)) = (self.phase(), &self.link) {
