@@ -6,11 +6,11 @@
 use std::collections::HashMap;
 use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
+use crate::host;
 use crate::sandbox::plan::SharedNamespaces;
 use crate::state::{Found, Id, StateError, StateRoot, Status};
 
@@ -115,6 +115,5 @@ fn lives(found: &Found) -> bool {
 }
 
 fn key_of(path: &Path) -> io::Result<(u64, u64)> {
-    let metadata = fs::metadata(path)?;
-    Ok((metadata.dev(), metadata.ino()))
+    Ok(host::identity(&fs::metadata(path)?))
 }

@@ -60,6 +60,13 @@ pub fn open_shared(path: &Path) -> io::Result<(OwnedFd, FileKind)> {
     Ok((fd, kind))
 }
 
+/// What tells a file from all others on this machine, under whatever name: its device and inode number.
+#[must_use]
+pub fn identity(metadata: &std::fs::Metadata) -> (u64, u64) {
+    use std::os::unix::fs::MetadataExt;
+    (metadata.dev(), metadata.ino())
+}
+
 /// A file in memory without a name (memfd_create(2)).
 ///
 /// # Errors

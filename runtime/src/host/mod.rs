@@ -13,7 +13,7 @@ mod processes;
 
 pub use cgroup::Cgroup;
 pub use code::let_go_of_code;
-pub use files::{FileKind, may_use_directory, open_shared, scratch_file, system_message};
+pub use files::{FileKind, identity, may_use_directory, open_shared, scratch_file, system_message};
 pub use limits::raise_open_files;
 pub use mounts::{attach_inside, change_root, clone_tree, make_read_only, new_proc, receive_mounts_only};
 pub use namespaces::{

@@ -1,5 +1,6 @@
 //! Namespaces of this process (namespaces(7)).
 
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
@@ -9,6 +10,7 @@ use std::process::Command;
 use nix::sched::{CloneFlags, setns, unshare};
 use rustix::fs::{Mode, OFlags, open};
 
+use super::files::identity;
 use super::processes::{Fork, fork};
 
 /// Forks like [`fork`], the child being the first process of a pid namespace of its own (`CLONE_NEWPID`).
@@ -45,8 +47,8 @@ pub fn open_namespace(path: &Path) -> io::Result<OwnedFd> {
 /// # Errors
 /// Those of stat(2).
 pub fn is_own_network(netns: &OwnedFd) -> io::Result<bool> {
-    let (one, own) = (rustix::fs::fstat(netns)?, rustix::fs::stat("/proc/self/ns/net")?);
-    Ok((one.st_dev, one.st_ino) == (own.st_dev, own.st_ino))
+    let netns = File::from(netns.try_clone()?).metadata()?;
+    Ok(identity(&netns) == identity(&fs::metadata("/proc/self/ns/net")?))
 }
 
 /// Moves the calling thread, which must be the only one, into new namespaces.

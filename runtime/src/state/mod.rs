@@ -11,9 +11,9 @@ mod root;
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use crate::host;
 pub use id::{Id, IdError};
 pub use journal::Journal;
 pub use record::{Record, Status};
@@ -315,8 +315,7 @@ fn is_kept(directory: &Path) -> bool {
 }
 
 fn key_of(file: &File) -> io::Result<(u64, u64)> {
-    let metadata = file.metadata()?;
-    Ok((metadata.dev(), metadata.ino()))
+    Ok(host::identity(&file.metadata()?))
 }
 
 /// Removes a directory, and the control group that its record names: nobody is left in there.

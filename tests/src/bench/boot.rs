@@ -171,23 +171,21 @@ impl Bench {
 
     /// Measures once more when the guest hangs, which is counted and told.
     fn again<T>(&self, monitor: Monitor, measure: impl Fn() -> Result<T>) -> Result<T> {
-        let count = |hung| {
+        let mut left = RETRIES;
+        loop {
+            let outcome = measure();
+            let hung = outcome.as_ref().is_err_and(|error| error.is::<Hung>());
             let mut tally = self.tally.borrow_mut();
             let (boots, hangs) = tally.entry(monitor.name()).or_default();
             *boots += 1;
             *hangs += u32::from(hung);
-        };
-        for _ in 0..RETRIES {
-            let outcome = measure();
-            let hung = outcome.as_ref().is_err_and(|error| error.is::<Hung>());
-            count(hung);
+            drop(tally);
             match outcome {
-                Err(error) if hung => eprintln!("{}, once more: {error:#}", monitor.name()),
+                Err(error) if hung && left > 0 => eprintln!("{}, once more: {error:#}", monitor.name()),
                 outcome => return outcome,
             }
+            left -= 1;
         }
-        count(false);
-        measure()
     }
 
     /// How many guests of a monitor were booted, and how many of them hung.

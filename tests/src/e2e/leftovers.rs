@@ -51,6 +51,16 @@ impl Traces {
         }
     }
 
+    /// Asks that nothing of katavm is there now that was not before: an engine's own things may stay.
+    ///
+    /// # Errors
+    /// What is there.
+    pub fn expect_nothing_of_katavm(&self) -> Result<()> {
+        let left: Vec<_> = self.new_ones().into_iter().filter(|trace| trace.contains("katavm")).collect();
+        ensure!(left.is_empty(), "left behind: {left:?}");
+        Ok(())
+    }
+
     /// What is there now and was not before.
     pub fn new_ones(&self) -> Vec<String> {
         Self::with_state(&self.bundle, &self.state).found.difference(&self.found).cloned().collect()

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 
 use super::leftovers::Traces;
 use super::shell::{expect, script};
@@ -61,8 +61,7 @@ fn podman_container(context: &Context) -> Result<Verdict> {
          podman stop -t 20 w >p; podman wait w; podman rm w >p; podman ps -aq",
     )?;
     expect(&output, &["a line", "in exec", "code 4", "data", "back", "running", "paused", "3"])?;
-    let left: Vec<_> = traces.new_ones().into_iter().filter(|trace| trace.contains("katavm")).collect();
-    ensure!(left.is_empty(), "left behind: {left:?}");
+    traces.expect_nothing_of_katavm()?;
     Ok(Verdict::Passed)
 }
 
@@ -89,8 +88,7 @@ fn networks(context: &Context) -> Result<Verdict> {
     )?;
     let page = "hello from the guest";
     expect(&output, &[page, page, "eth0 lo", page, "lo", "the host's network: a guest cannot share it"])?;
-    let left: Vec<_> = traces.new_ones().into_iter().filter(|trace| trace.contains("katavm")).collect();
-    ensure!(left.is_empty(), "left behind: {left:?}");
+    traces.expect_nothing_of_katavm()?;
     Ok(Verdict::Passed)
 }
 
@@ -168,7 +166,6 @@ fn pod(context: &Context) -> Result<Verdict> {
     let expected =
         ["from p1", "pp", "1", "one sandbox", "2", "p1", "p1", "again", "pp", "0", "pp", "once more", "unknown", "c1"];
     expect(&output, &expected)?;
-    let left: Vec<_> = traces.new_ones().into_iter().filter(|trace| trace.contains("katavm")).collect();
-    ensure!(left.is_empty(), "left behind: {left:?}");
+    traces.expect_nothing_of_katavm()?;
     Ok(Verdict::Passed)
 }
