@@ -39,12 +39,11 @@ pub fn start(root: &StateRoot) -> Result<Watcher, WatcherError> {
     let sandbox = host::pidfd_of_self()?;
     let (reader, writer) = io::pipe()?;
     let terminal = Terminal::of_stdin();
-    match host::fork()? {
+    match host::fork_ignoring_signals()? {
         host::Fork::Parent(pid) => Ok(Watcher { pid, pipe: writer }),
         host::Fork::Child => {
             drop(writer);
             host::set_process_name(c"katavm-watcher");
-            host::ignore_all_signals();
             // The log's descriptor is closed below, and its number may be given to another file.
             log::set_max_level(log::LevelFilter::Off);
             let mut kept = vec![sandbox.as_fd(), reader.as_fd()];

@@ -34,6 +34,7 @@ fn main() -> ExitCode {
 /// The sandbox process: says who its watcher is, and ends when its standard input does.
 fn sandbox(root: &Path) -> ExitCode {
     let root = StateRoot::open(root.into()).unwrap();
+    let _inherited: Vec<fs::File> = (0..10).map(|_| fs::File::open("/dev/null").unwrap()).collect();
     let watcher = watcher::start(&root).unwrap();
     let state = root.claim(&"c1".parse().unwrap()).unwrap();
     println!("{}", children(std::process::id()).first().unwrap());
@@ -113,14 +114,15 @@ fn an_orderly_end_leaves_nothing() {
 
 fn a_killed_sandbox_is_cleaned_up() {
     let mut case = Case::start();
-    // The watcher does not hold what the sandbox process has inherited.
     let watcher = nix::unistd::Pid::from_raw(case.watcher);
-    let held = || fs::read_dir(format!("/proc/{watcher}/fd")).unwrap().count();
-    eventually("the watcher holds too much", || held() <= 6);
-    // It belongs to nobody's job: a hang-up or an interrupt of the terminal does not reach it.
+    // It belongs to nobody's job: a hang-up or an interrupt of the terminal does not reach it, not even in the moment
+    // when it begins.
     for signal in [nix::sys::signal::Signal::SIGTERM, nix::sys::signal::Signal::SIGHUP] {
         nix::sys::signal::kill(watcher, signal).unwrap();
     }
+    // It does not hold what the sandbox process has inherited.
+    let held = || fs::read_dir(format!("/proc/{watcher}/fd")).unwrap().count();
+    eventually("the watcher holds too much", || held() <= 6);
     case.kill_sandbox();
     eventually("the state stays", || !case.state().exists());
     eventually("the watcher stays", || case.watcher_is_gone());

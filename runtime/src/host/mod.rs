@@ -21,6 +21,6 @@ pub use namespaces::{
 };
 pub use netns::{in_network_namespace, make_tap, network_setting};
 pub use processes::{
-    Fork, close_inherited, detach, exit_now, fork, ignore_all_signals, kill, kill_and_reap, let_go_of_streams,
+    Fork, close_inherited, detach, exit_now, fork, fork_ignoring_signals, kill, kill_and_reap, let_go_of_streams,
     note_inherited, pidfd_of_self, set_process_name, start_time_ns, wait_for_end,
 };

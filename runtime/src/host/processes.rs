@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
-use nix::sys::signal::{SigHandler, Signal, signal};
+use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, signal};
 use nix::unistd::ForkResult;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, WaitOptions, getpid, pidfd_open, pidfd_send_signal, waitpid};
@@ -44,12 +44,22 @@ pub fn pidfd_of_self() -> io::Result<OwnedFd> {
     Ok(pidfd_open(getpid(), PidfdFlags::empty())?)
 }
 
-/// Ignores every signal that can be ignored.
-pub fn ignore_all_signals() {
-    for number in Signal::iterator() {
-        // SAFETY: ignoring runs no code of ours. SIGKILL and SIGSTOP give an error, as they must.
-        let _ = unsafe { signal(number, SigHandler::SigIgn) };
+/// Forks like [`fork`]; the child ignores every signal that can be ignored, from its first moment.
+///
+/// # Errors
+/// Those of sigprocmask(2) and of [`fork`].
+pub fn fork_ignoring_signals() -> io::Result<Fork> {
+    // What comes to the child before it ignores signals waits, and is dropped when it does.
+    let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
+    let forked = fork();
+    if matches!(forked, Ok(Fork::Child)) {
+        for number in Signal::iterator() {
+            // SAFETY: ignoring runs no code of ours. SIGKILL and SIGSTOP give an error, as they must.
+            let _ = unsafe { signal(number, SigHandler::SigIgn) };
+        }
     }
+    before.thread_set_mask()?;
+    forked
 }
 
 /// Lets go of everything that belongs to the user of the process that forked this one: session, directory, standard
