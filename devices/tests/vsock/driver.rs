@@ -28,7 +28,7 @@ pub const CREDIT_REQUEST: u16 = 7;
 /// What the device grants every connection.
 pub const DEVICE_CREDIT: u32 = 256 * 1024;
 /// Long enough for any step that is to happen.
-pub const SOON: Duration = Duration::from_secs(20);
+pub const SOON: Duration = Duration::from_secs(120);
 
 const HEADER: usize = 44;
 /// Room for a header and the largest payload, and then some for those that are too large.
