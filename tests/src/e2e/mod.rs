@@ -12,6 +12,7 @@ mod failing;
 mod guest;
 mod hostile;
 mod leftovers;
+mod limits;
 mod manifest;
 mod network;
 mod oci;
@@ -56,6 +57,7 @@ pub fn cases(long: bool) -> Vec<Case> {
     let first: &[Table] = &[boot::CASES, agent::CASES, snapshot::CASES, network::CASES];
     let last: &[Table] = &[
         oci::CASES,
+        limits::CASES,
         podman::CASES,
         docker::CASES,
         beside::CASES,

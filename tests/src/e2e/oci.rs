@@ -16,6 +16,8 @@ pub const CASES: Table = (
     &[
         ("a_container_lives_through_every_command", lifecycle),
         ("execs_have_streams_codes_and_stand_ins", execs),
+        ("fifty_execs_at_once_lose_nothing", parallel),
+        ("an_exec_outlives_its_client", outliving),
         ("a_stand_in_is_what_an_engine_takes_for_the_process", stand_in),
         ("hooks_run_in_order_with_the_state", hooks),
         ("a_killed_sandbox_process_is_a_stopped_container", killed),
@@ -108,6 +110,39 @@ fn execs(context: &Context) -> Result<Verdict> {
         "later",
     ];
     expect(&output, &lines)?;
+    traces.expect_nothing_new()?;
+    Ok(Verdict::Passed)
+}
+
+fn parallel(context: &Context) -> Result<Verdict> {
+    sleeping(context)?;
+    let traces = Traces::of(context.scratch());
+    let output = script(
+        context,
+        "katavm run -d c1 </dev/null >out 2>&1
+         head -c 60M /dev/urandom >rootfs/data
+         part() { echo if=$2/data bs=1M skip=$1 count=10 status=none; }
+         for n in $(seq 50); do katavm exec c1 /bin/busybox dd $(part $n '') | cmp - <(dd $(part $n rootfs)) && echo whole $n & done >whole; wait
+         sort -u whole | wc -l; katavm delete --force c1",
+    )?;
+    expect(&output, &["50"])?;
+    traces.expect_nothing_new()?;
+    Ok(Verdict::Passed)
+}
+
+fn outliving(context: &Context) -> Result<Verdict> {
+    sleeping(context)?;
+    let traces = Traces::of(context.scratch());
+    let output = script(
+        context,
+        "katavm run -d c1 </dev/null >out 2>&1
+         katavm exec c1 sh -c 'echo begun; until [ -e /go ]; do sleep 0.1; done; echo ended >/end; exec sleep 500' >said 2>&1 & client=$!
+         until grep -q begun said; do sleep 0.1; done; kill -9 $client; wait $client || echo code $?
+         touch rootfs/go; until [ -e rootfs/end ]; do sleep 0.1; done; cat rootfs/end; katavm ps c1 | grep -c 'sleep 500'
+         katavm exec c1 echo another
+         katavm delete --force c1",
+    )?;
+    expect(&output, &["code 137", "ended", "1", "another"])?;
     traces.expect_nothing_new()?;
     Ok(Verdict::Passed)
 }

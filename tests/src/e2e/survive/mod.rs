@@ -1,5 +1,7 @@
 //! Many runs, runs at once, and runs that are killed at random moments: nothing is left of any of them.
 
+mod commands;
+
 use std::collections::HashSet;
 use std::fs;
 use std::path::PathBuf;
@@ -22,6 +24,7 @@ pub const CASES: Table = (
         ("eight_runs_in_a_row_leave_nothing", |context| in_a_row(context, 8)),
         ("four_runs_at_once_leave_nothing", |context| at_once(context, 4)),
         ("six_kills_at_random_moments_leave_nothing", |context| killed(context, 6)),
+        ("seven_kills_of_commands_and_processes_leave_nothing", |context| commands::killed(context, 7)),
     ],
 );
 
@@ -34,6 +37,7 @@ pub const LONG: Table = (
             (0..10).try_fold(Verdict::Passed, |_, _| at_once(context, 10))
         }),
         ("ninety_kills_at_random_moments_leave_nothing", |context| killed(context, 90)),
+        ("a_hundred_kills_of_commands_and_processes_leave_nothing", |context| commands::killed(context, 100)),
     ],
 );
 
