@@ -62,7 +62,7 @@ test-e2e *cases: build guest-image
     set -eu
     KATAVM_E2E_DEBIAN=$(examples/make-bundle debian)
     export KATAVM_E2E_DEBIAN
-    exec "{{ lab }}" run --limit 3600 -- katavm-e2e "$@"
+    exec "{{ lab }}" run --limit 4800 -- katavm-e2e "$@"
 
 # Benchmarks beside the peers, in the counting lab: [FIRECRACKER=BINARY] ./just bench boot [--runs N]
 bench *args: guest-image

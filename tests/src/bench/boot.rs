@@ -1,8 +1,5 @@
 //! `bench boot`: from the start of the process to the guest, katavm beside its peers.
 
-use std::cell::RefCell;
-use std::collections::HashMap;
-use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -10,15 +7,17 @@ use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use nix::time::{ClockId, clock_gettime};
 use serde_json::Value;
 use tempfile::TempDir;
 
+use super::bundle;
+use super::clock::{milliseconds, now};
 use super::guest;
+use super::hangs::Hangs;
 use super::measure::{Measure, Table};
 use super::moments::{Moments, Station};
 use super::monitor::{Monitor, Setup, katavm};
-use super::process::{Hung, Tree, await_readable};
+use super::process::{Tree, await_readable};
 use super::syscalls;
 use crate::e2e::Context;
 
@@ -70,44 +69,42 @@ const MEASURES: [Measure; 12] = [
 /// When a monitor fails to boot the guest.
 pub fn run(runs: u32, traced: u32, out: &mut impl Write) -> Result<()> {
     let bench = Bench::new()?;
+    let hangs = Hangs::default();
     let monitors = Monitor::available();
+    let ours = Monitor::Katavm.name();
     // Once for nothing: files come into the page cache, and katavm probes this machine's KVM.
     for monitor in &monitors {
-        bench.again(*monitor, || bench.boot(*monitor))?;
+        hangs.again(monitor.name(), || bench.boot(*monitor))?;
     }
-    bench.again(Monitor::Katavm, || bench.run_true())?;
+    hangs.again(ours, || bench.run_true())?;
     let mut table = Table::default();
     for round in 0..runs {
         for monitor in &monitors {
             say(round, monitor.name());
-            let boot = bench.again(*monitor, || bench.boot(*monitor))?;
+            let boot = hangs.again(monitor.name(), || bench.boot(*monitor))?;
             for (measure, value) in boot {
                 table.add(&measure, monitor.name(), value);
             }
             if round < traced {
                 say(round, "strace");
-                let calls = bench.again(*monitor, || bench.syscalls(*monitor))?;
+                let calls = hangs.again(monitor.name(), || bench.syscalls(*monitor))?;
                 table.add(&SYSCALLS, monitor.name(), calls);
             }
         }
         say(round, "katavm run /bin/true");
-        let ours = Monitor::Katavm;
-        for (measure, value) in bench.again(ours, || bench.run_true())? {
-            table.add(&measure, ours.name(), value);
+        for (measure, value) in hangs.again(ours, || bench.run_true())? {
+            table.add(&measure, ours, value);
         }
         say(round, "katavm run of a busy container");
-        table.add(&RUN_MEMORY, ours.name(), bench.again(ours, || bench.run_memory())?);
+        table.add(&RUN_MEMORY, ours, hangs.again(ours, || bench.run_memory())?);
         if round < traced {
             say(round, "strace katavm run /bin/true");
-            let calls = bench.again(ours, || bench.agent_ready_syscalls())?;
-            table.add(&AGENT_READY_SYSCALLS, ours.name(), calls);
+            let calls = hangs.again(ours, || bench.agent_ready_syscalls())?;
+            table.add(&AGENT_READY_SYSCALLS, ours, calls);
         }
     }
     table.print("boot", &MEASURES, out)?;
-    for monitor in &monitors {
-        let (boots, hung) = bench.tally(*monitor);
-        writeln!(out, "boot hung {} {hung} of {boots} boots", monitor.name())?;
-    }
+    hangs.print("boot", out)?;
     Ok(())
 }
 
@@ -115,9 +112,6 @@ pub fn run(runs: u32, traced: u32, out: &mut impl Write) -> Result<()> {
 fn say(round: u32, what: &str) {
     eprintln!("round {}: {what}", round + 1);
 }
-
-/// How often a guest that hangs is tried again.
-const RETRIES: u32 = 3;
 
 /// What all runs share.
 struct Bench {
@@ -128,8 +122,6 @@ struct Bench {
     run_busy: PathBuf,
     /// `uname -r` of the guest.
     kernel_release: String,
-    /// Boots and hangs by the monitor's name.
-    tally: RefCell<HashMap<&'static str, (u32, u32)>>,
     _scratch: TempDir,
 }
 
@@ -139,58 +131,18 @@ const BUSY: &str = "find / -xdev -type f -exec cat {} + >/dev/null; \
 
 impl Bench {
     fn new() -> Result<Self> {
-        let context = Context::new("bench-boot")?;
         let scratch = TempDir::with_prefix("katavm-bench-")?;
-        let path = |name: &str| scratch.path().join(name);
-        // In memory, so that no monitor pays for the file system that the image lies on.
-        let image = path("image");
-        fs::create_dir(&image)?;
-        for file in ["vmlinux", "initramfs"] {
-            fs::copy(context.image(file)?, image.join(file))?;
-        }
-        let initramfs = path("initramfs");
+        let image = bundle::image(scratch.path())?;
+        let initramfs = scratch.path().join("initramfs");
         fs::write(&initramfs, guest::initramfs()?)?;
-        let bundle = path("bundle");
-        example("make-bundle", &["busybox".as_ref(), bundle.as_os_str()])?;
-        let config = |name: &str, args: &[&str]| -> Result<PathBuf> {
-            let folder = path(name);
-            let mut words = vec![bundle.as_os_str(), folder.as_os_str(), "--".as_ref()];
-            words.extend(args.iter().map(OsStr::new));
-            example("config-with", &words)?;
-            Ok(folder)
-        };
+        let bundle = bundle::busybox(scratch.path())?;
         Ok(Self {
-            run_true: config("true", &["/bin/true"])?,
-            run_busy: config("busy", &["/bin/sh", "-c", BUSY])?,
-            kernel_release: context.kernel_release()?,
-            tally: RefCell::default(),
+            run_true: bundle::with(&bundle, "true", &["/bin/true"])?,
+            run_busy: bundle::with(&bundle, "busy", &["/bin/sh", "-c", BUSY])?,
+            kernel_release: Context::new("bench-boot")?.kernel_release()?,
             setup: Setup { kernel: image.join("vmlinux"), initramfs, bundle, scratch: scratch.path().into() },
             _scratch: scratch,
         })
-    }
-
-    /// Measures once more when the guest hangs, which is counted and told.
-    fn again<T>(&self, monitor: Monitor, measure: impl Fn() -> Result<T>) -> Result<T> {
-        let mut left = RETRIES;
-        loop {
-            let outcome = measure();
-            let hung = outcome.as_ref().is_err_and(|error| error.is::<Hung>());
-            let mut tally = self.tally.borrow_mut();
-            let (boots, hangs) = tally.entry(monitor.name()).or_default();
-            *boots += 1;
-            *hangs += u32::from(hung);
-            drop(tally);
-            match outcome {
-                Err(error) if hung && left > 0 => eprintln!("{}, once more: {error:#}", monitor.name()),
-                outcome => return outcome,
-            }
-            left -= 1;
-        }
-    }
-
-    /// How many guests of a monitor were booted, and how many of them hung.
-    fn tally(&self, monitor: Monitor) -> (u32, u32) {
-        self.tally.borrow().get(monitor.name()).copied().unwrap_or_default()
     }
 
     /// Boots the common guest until it has printed its line.
@@ -296,21 +248,4 @@ impl Bench {
 /// Runs a command to its end.
 fn output(command: &mut Command) -> Result<Output> {
     Tree::spawn(command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()))?.output()
-}
-
-/// Runs a script of the checkout's `examples`.
-fn example(script: &str, args: &[&OsStr]) -> Result<()> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples").join(script);
-    let output = Command::new(&path).args(args).output().with_context(|| format!("cannot run {}", path.display()))?;
-    ensure!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
-    Ok(())
-}
-
-/// Now, by the clock of [`Moments`].
-fn now() -> Result<Duration> {
-    Ok(clock_gettime(ClockId::CLOCK_MONOTONIC)?.into())
-}
-
-fn milliseconds(time: Duration) -> f64 {
-    time.as_secs_f64() * 1e3
 }

@@ -17,10 +17,17 @@ enum Cli {
         #[arg(long, default_value_t = 3)]
         traced: u32,
     },
+    /// A container's life by the OCI command line, beside runc and crun.
+    Oci {
+        /// Containers of each runtime.
+        #[arg(long, default_value_t = 10)]
+        runs: u32,
+    },
 }
 
 fn main() -> Result<()> {
     match Cli::parse() {
         Cli::Boot { runs, traced } => bench::boot::run(runs, traced, &mut std::io::stdout()),
+        Cli::Oci { runs } => bench::oci::run(runs, &mut std::io::stdout()),
     }
 }
