@@ -199,6 +199,7 @@ impl Work<'_> {
                 io: outside.io,
                 link: Some(Link::new(outside.stand_in.link).map_err(stand_in)?),
                 journal: outside.journal,
+                cgroup: self.launch.cgroup.clone(),
             };
             let process = pod.create(new).await?;
             self.timings.mark(timings::CREATED);

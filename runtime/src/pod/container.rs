@@ -4,8 +4,12 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use katavm_protocol::agent::Exit;
+use oci_spec::runtime::LinuxResources;
 
 use super::{Phase, PodError, Process};
+use crate::host::Cgroup;
+use crate::limits;
+use crate::sandbox::blocking;
 use crate::sandbox::share::Exports;
 use crate::state::{Journal, Record, Status};
 
@@ -18,16 +22,25 @@ pub struct Container {
     /// By exec id; nothing while it is being made.
     execs: Mutex<HashMap<String, Option<Arc<Process>>>>,
     journal: Mutex<Journal>,
+    /// The group on the host that its limits hold for as well.
+    cgroup: Option<Cgroup>,
 }
 
 impl Container {
-    pub(super) fn new(id: String, init: Arc<Process>, exports: Exports, journal: Journal) -> Self {
+    pub(super) fn new(
+        id: String,
+        init: Arc<Process>,
+        exports: Exports,
+        journal: Journal,
+        cgroup: Option<Cgroup>,
+    ) -> Self {
         let container = Self {
             id,
             init,
             exports: Mutex::new(Some(exports)),
             execs: Mutex::default(),
             journal: Mutex::new(journal),
+            cgroup,
         };
         container.note(Status::Created);
         container
@@ -79,6 +92,23 @@ impl Container {
                 entry.insert(None);
                 Ok(Claim { container: Arc::clone(self), exec_id: exec_id.into() })
             }
+        }
+    }
+
+    /// Changes the limits that hold on the host.
+    pub(super) async fn limit_on_host(&self, resources: &LinuxResources) -> Result<(), PodError> {
+        match (&self.cgroup, limits::only_on_host(resources).first()) {
+            (Some(cgroup), _) => {
+                let (cgroup, limits) = (cgroup.clone(), limits::of_host(resources));
+                let limited = blocking(move || cgroup.limit(&limits)).await;
+                limited.map_err(|error| PodError::State(error.to_string()))
+            }
+            (None, None) => Ok(()),
+            (None, Some(field)) => Err(PodError::State(format!(
+                "linux.resources.{field} cannot be changed: it is a limit of the virtual machine, which no control \
+                 group of container {} holds",
+                self.id
+            ))),
         }
     }
 

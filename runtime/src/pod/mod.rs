@@ -12,8 +12,11 @@ use std::time::Duration;
 
 use katavm_devices::fs::FsShare;
 use katavm_protocol::agent::{CreateContainerRequest, CreateExecRequest, Ready, StatsResponse};
+use oci_spec::runtime::LinuxResources;
 use tokio::sync::watch;
 
+use crate::host::Cgroup;
+use crate::limits;
 use crate::link::Link;
 use crate::network::NetworkError;
 use crate::process::terminal::TerminalError;
@@ -98,6 +101,9 @@ pub struct NewContainer {
     pub link: Option<Link>,
     /// Where its state is written down.
     pub journal: Journal,
+    /// The control group on the host that its limits hold for as well; nothing if that is another container's, or if
+    /// there is none.
+    pub cgroup: Option<Cgroup>,
 }
 
 /// A sandbox that is ready, and its containers by their ids.
@@ -160,7 +166,7 @@ impl Pod {
     /// # Errors
     /// Any [`PodError`]; nothing is left of it then.
     pub async fn create(self: &Arc<Self>, new: NewContainer) -> Result<Arc<Process>, PodError> {
-        let NewContainer { id, spec, exports, io, link, journal } = new;
+        let NewContainer { id, spec, exports, io, link, journal, cgroup } = new;
         if self.containers().contains_key(&id) {
             return Err(PodError::Exists(format!("container {id}")));
         }
@@ -185,7 +191,7 @@ impl Pod {
                 return Err(error);
             }
         };
-        let container = Arc::new(Container::new(id.clone(), Arc::clone(&process), shared, journal));
+        let container = Arc::new(Container::new(id.clone(), Arc::clone(&process), shared, journal, cgroup));
         self.containers().insert(id, Arc::clone(&container));
         self.alive.send_modify(|alive| *alive += 1);
         let pod = Arc::clone(self);
@@ -301,12 +307,17 @@ impl Pod {
         Ok(self.agent.stats(container_id).await?)
     }
 
-    /// Changes a container's limits.
+    /// Changes a container's limits, in the guest and on the host; `resources` is JSON as in the runtime specification.
     ///
     /// # Errors
     /// Any [`PodError`].
-    pub async fn update(&self, container_id: &str, resources: Vec<u8>) -> Result<(), PodError> {
-        self.container(container_id)?;
+    pub async fn update(&self, container_id: &str, resources: &[u8]) -> Result<(), PodError> {
+        let container = self.container(container_id)?;
+        let invalid = |error: serde_json::Error| PodError::State(format!("the resources: {error}"));
+        let mut resources: LinuxResources = serde_json::from_slice(resources).map_err(invalid)?;
+        container.limit_on_host(&resources).await?;
+        limits::keep_guests(&mut resources);
+        let resources = serde_json::to_vec(&resources).map_err(invalid)?;
         Ok(self.agent.update_container(container_id, resources).await?)
     }
 
