@@ -165,6 +165,9 @@ impl Work<'_> {
                     log::warn!("nobody reads what the container wrote last");
                 }
                 pod.end_all();
+                if tokio::time::timeout(LEFTOVER_PATIENCE, pod.unwatched()).await.is_err() {
+                    log::warn!("who watches the container does not hear of its end");
+                }
             }
             outcome
         });

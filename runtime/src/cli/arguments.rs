@@ -95,7 +95,7 @@ pub enum Command {
     Resume(ContainerId),
     /// Change a container's limits
     Update(Box<Update>),
-    /// Print statistics of a container as JSON lines
+    /// Print statistics of a container and its out-of-memory kills as JSON lines
     Events(Events),
     /// Write a config.json to start from
     Spec(Spec),

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use katavm_protocol::agent::Exit;
 use oci_spec::runtime::LinuxResources;
 
+use super::watch::Kills;
 use super::{Phase, PodError, Process};
 use crate::host::Cgroup;
 use crate::limits;
@@ -24,6 +25,8 @@ pub struct Container {
     journal: Mutex<Journal>,
     /// The group on the host that its limits hold for as well.
     cgroup: Option<Cgroup>,
+    /// Out-of-memory kills.
+    kills: Kills,
 }
 
 impl Container {
@@ -41,6 +44,7 @@ impl Container {
             execs: Mutex::default(),
             journal: Mutex::new(journal),
             cgroup,
+            kills: Kills::new(),
         };
         container.note(Status::Created);
         container
@@ -56,6 +60,11 @@ impl Container {
     #[must_use]
     pub fn init(&self) -> &Arc<Process> {
         &self.init
+    }
+
+    /// Its out-of-memory kills.
+    pub(super) fn kills(&self) -> &Kills {
+        &self.kills
     }
 
     /// What is known about it.
