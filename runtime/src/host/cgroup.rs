@@ -71,7 +71,9 @@ impl Cgroup {
     /// What the kernel or systemd refuses.
     pub fn limit(&self, resources: &LinuxResources) -> io::Result<()> {
         let mut resources = resources.clone();
-        if !self.systemd && !self.folder().join("io.bfq.weight").exists() {
+        if self.systemd {
+            take_cpusets(&mut resources);
+        } else if !self.folder().join("io.bfq.weight").exists() {
             set_io_weight(&mut resources);
         }
         let resources = &resources;
@@ -148,6 +150,25 @@ impl Cgroup {
 
     fn failed(&self, what: &str, error: &dyn std::fmt::Display) -> io::Error {
         io::Error::other(format!("cannot {what} the control group {}: {error}", self.path.display()))
+    }
+}
+
+/// Takes out CPUs and memory nodes, with a warning: libcgroups tells systemd of them in a type that it refuses.
+fn take_cpusets(resources: &mut LinuxResources) {
+    let mut taken = false;
+    if let Some(mut cpu) = resources.cpu().clone() {
+        taken = cpu.cpus().is_some() || cpu.mems().is_some();
+        cpu.set_cpus(None).set_mems(None);
+        resources.set_cpu(Some(cpu));
+    }
+    if let Some(mut files) = resources.unified().clone() {
+        let before = files.len();
+        files.retain(|file, _| !file.starts_with("cpuset."));
+        taken |= files.len() < before;
+        resources.set_unified(Some(files));
+    }
+    if taken {
+        log::warn!("linux.resources.cpu: cpus and mems have no effect in a control group that systemd makes");
     }
 }
 
