@@ -88,6 +88,10 @@ soak rounds="20": build guest-image
     export KATAVM_E2E_DEBIAN
     for round in $(seq "$1"); do echo "round $round" && "{{ lab }}" run --limit 14400 -- katavm-e2e --long; done
 
+# Write man pages and the completions of bash, zsh and fish to FOLDER/man1 and FOLDER/completions.
+manual folder=(justfile_directory() / "out/manual"):
+    cargo run -q -p katavm-runtime --example manual -- "$1"
+
 # Formatting and clippy, warnings refused.
 lint:
     cargo fmt --all --check

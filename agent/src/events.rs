@@ -25,9 +25,9 @@ impl Events {
         self.publish(container_id, exec_id, What::Exit(exit));
     }
 
-    /// The kernel killed a process for want of memory.
-    pub fn oom(&self, container_id: &str) {
-        self.publish(container_id, "", What::Oom(Oom::default()));
+    /// The kernel killed a process for want of memory, the container's `kills`-th.
+    pub fn oom(&self, container_id: &str, kills: u64) {
+        self.publish(container_id, "", What::Oom(Oom { kills, ..Default::default() }));
     }
 
     fn publish(&self, container_id: &str, exec_id: &str, what: What) {
@@ -49,7 +49,7 @@ mod tests {
     fn each_subscriber_gets_each_event_in_order() {
         let events = Events::default();
         let (mut one, mut two) = (events.subscribe(), events.subscribe());
-        events.oom("a");
+        events.oom("a", 1);
         drop(events.subscribe());
         events.exit("a", "", Exit { status: 137, ..Default::default() });
         for receiver in [&mut one, &mut two] {

@@ -5,11 +5,12 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use nix::sched::CloneFlags;
-use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxNamespace, LinuxNamespaceType, LinuxResources};
+use oci_spec::runtime::{LinuxMemory, LinuxNamespace, LinuxNamespaceType, LinuxResources};
 use rustix::process::{Pid, geteuid};
 
 use crate::config::{Bundle, ConfigError};
 use crate::host::{self, Cgroup};
+use crate::limits;
 use crate::membership::{self, Membership, MembershipError};
 use crate::process::terminal::WindowSize;
 use crate::sandbox::image::{GuestImage, ImageError};
@@ -122,6 +123,7 @@ impl Launch {
             true => Cgroup::plan(path, options.systemd_cgroup, id.as_str()).map_err(LaunchError::Cgroup)?,
             false => None,
         };
+        warn_of_limits(&bundle, pod.is_some(), cgroup.is_some());
         Ok(Self { id, bundle, plan, pod, image, console: options.console, cgroup })
     }
 
@@ -234,21 +236,28 @@ impl Launch {
 /// Memory of a sandbox beside the guest's RAM: the process itself and what the host's kernel keeps for it.
 const SANDBOX_OVERHEAD: i64 = 128 << 20;
 
-/// What the sandbox as a whole is held to on the host: its share of CPU time, its I/O, and with a memory limit the
-/// guest's RAM and what the sandbox needs besides. The container's own limits hold inside the guest.
+/// Warns of limits that hold on the host alone, where no control group of the container holds a virtual machine.
+fn warn_of_limits(bundle: &Bundle, is_member: bool, has_cgroup: bool) {
+    let resources = bundle.spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    let reason = match (is_member, has_cgroup) {
+        (true, _) => "the control group of the sandbox' first container holds the virtual machine",
+        (false, false) => "without root, or without cgroup v2 on the host, the sandbox has no control group",
+        (false, true) => return,
+    };
+    for field in resources.map(limits::only_on_host).unwrap_or_default() {
+        log::warn!("config.json: linux.resources.{field} is not honoured: {reason}");
+    }
+}
+
+/// What the sandbox as a whole is held to on the host: its CPUs and its share of their time, its I/O, and with a memory
+/// limit the guest's RAM and what the sandbox needs besides. The container's own limits hold inside the guest.
 fn host_limits(resources: Option<&LinuxResources>, size: &Size) -> LinuxResources {
-    let mut limits = LinuxResources::default();
-    let Some(resources) = resources else { return limits };
+    let Some(resources) = resources else { return LinuxResources::default() };
+    let mut limits = limits::of_host(resources);
     if resources.memory().is_some_and(|memory| memory.limit().is_some_and(|limit| limit > 0)) {
         let mut memory = LinuxMemory::default();
         memory.set_limit(Some((i64::from(size.memory_mib) << 20) + SANDBOX_OVERHEAD));
         limits.set_memory(Some(memory));
     }
-    if let Some(shares) = resources.cpu().as_ref().and_then(|cpu| cpu.shares()) {
-        let mut cpu = LinuxCpu::default();
-        cpu.set_shares(Some(shares));
-        limits.set_cpu(Some(cpu));
-    }
-    limits.set_block_io(resources.block_io().clone());
     limits
 }

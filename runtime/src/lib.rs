@@ -5,6 +5,7 @@ pub mod config;
 pub mod hooks;
 pub mod host;
 pub mod launch;
+pub mod limits;
 pub mod link;
 pub mod membership;
 pub mod network;

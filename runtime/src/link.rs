@@ -46,7 +46,29 @@ pub enum FromStandIn {
     Resized,
 }
 
-/// The first message on a link that was made by connecting to the sandbox process; the standard streams travel with it.
+/// The first message on a link that was made by connecting to the sandbox process.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Greeting {
+    /// A process is about to be asked for.
+    Process(Hello),
+    /// What happens to this container is to be told, by [`ToWatcher`].
+    Watch(String),
+}
+
+/// From the sandbox process to one that watches a container.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToWatcher {
+    /// The [`Greeting`] was heard: what happens from now on is told.
+    Heard,
+    /// It cannot be watched, and why.
+    Refused(String),
+    /// The kernel of the guest has killed a process of the container for want of memory.
+    OutOfMemory,
+    /// The container's first process has ended.
+    Exited,
+}
+
+/// What is passed for a process; the standard streams travel with it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {
     /// The container.

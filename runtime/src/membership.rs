@@ -78,6 +78,7 @@ impl Membership {
 /// # Errors
 /// Any [`MembershipError`].
 pub fn shared_namespaces(root: &StateRoot, id: &Id, spec: &Spec) -> Result<SharedNamespaces, MembershipError> {
+    warn_of_others(spec);
     let mut shared = SharedNamespaces::new();
     let files = [(LinuxNamespaceType::Ipc, "ipc"), (LinuxNamespaceType::Uts, "uts"), (LinuxNamespaceType::Pid, "pid")];
     for (kind, file) in files {
@@ -92,6 +93,20 @@ pub fn shared_namespaces(root: &StateRoot, id: &Id, spec: &Spec) -> Result<Share
         }
     }
     Ok(shared)
+}
+
+/// Warns of namespaces of the host that mean nothing in a guest, and that no other container can share.
+fn warn_of_others(spec: &Spec) {
+    use LinuxNamespaceType::{Cgroup, Mount, Time, User};
+    for kind in [Cgroup, Mount, Time, User] {
+        if let Some(path) = namespace(spec, kind) {
+            log::warn!(
+                "config.json: linux.namespaces: a container in a virtual machine cannot join the {kind} namespace {}, \
+                 and gets one of its own",
+                path.display()
+            );
+        }
+    }
 }
 
 /// The path of a namespace that a configuration joins.

@@ -165,6 +165,9 @@ impl Work<'_> {
                     log::warn!("nobody reads what the container wrote last");
                 }
                 pod.end_all();
+                if tokio::time::timeout(LEFTOVER_PATIENCE, pod.unwatched()).await.is_err() {
+                    log::warn!("who watches the container does not hear of its end");
+                }
             }
             outcome
         });
@@ -199,6 +202,7 @@ impl Work<'_> {
                 io: outside.io,
                 link: Some(Link::new(outside.stand_in.link).map_err(stand_in)?),
                 journal: outside.journal,
+                cgroup: self.launch.cgroup.clone(),
             };
             let process = pod.create(new).await?;
             self.timings.mark(timings::CREATED);

@@ -242,7 +242,15 @@ fn run(setup: Setup, program: impl FnOnce(HashMap<i32, UnixStream>, &Guest) -> u
         let ready = |_| Ok(Ready { kernel_release: "6.12".into(), ..Default::default() });
         let (pod, ready) = Pod::prepare(&sandbox, None, FsShare::new(), ready, "").await.unwrap();
         assert_eq!(ready.kernel_release, "6.12");
-        let new = NewContainer { id: "c1".into(), spec: b"{}".to_vec(), exports: Vec::new(), io, link: None, journal };
+        let new = NewContainer {
+            id: "c1".into(),
+            spec: b"{}".to_vec(),
+            exports: Vec::new(),
+            io,
+            link: None,
+            journal,
+            cgroup: None,
+        };
         let lives = async {
             let process = pod.create(new).await?;
             let container = pod.container("c1").unwrap();

@@ -1,4 +1,7 @@
 //! Out-of-memory kills, as they happen: the kernel marks memory.events modified for inotify(7).
+//!
+//! It does so up to 10 ms late, and not at all for a group that is gone by then: whoever sees the end of a process asks
+//! for what was not told yet.
 
 use std::ffi::CString;
 use std::io;
@@ -11,19 +14,17 @@ use tokio::io::unix::AsyncFd;
 
 use super::Cgroup;
 
-/// Calls `on_oom` for each process that the kernel kills in `cgroup` for want of memory, until the group is removed.
+/// Calls `tell` with the number of processes that the kernel has killed in `cgroup` for want of memory so far, whenever
+/// that may have changed, until the group is removed.
 ///
 /// # Errors
 /// Those of inotify; `NotFound` when the group or its memory controller is not there.
-pub async fn watch(cgroup: Cgroup, on_oom: impl Fn()) -> io::Result<()> {
+pub async fn watch(cgroup: Cgroup, tell: impl Fn(u64)) -> io::Result<()> {
     // SAFETY: an OwnedFd is the same open descriptor until it is dropped, and `inotify` drops it.
     let inotify = unsafe { AsyncFd::register_with_interest(open(&cgroup)?, Interest::READABLE) }?;
-    let mut seen = 0;
     let mut buffer = [0; 4096];
     loop {
-        let kills = cgroup.oom_kills();
-        (seen..kills).for_each(|_| on_oom());
-        seen = seen.max(kills);
+        tell(cgroup.oom_kills());
         let mut guard = inotify.readable().await?;
         match guard.try_io(|fd| nix::unistd::read(fd.get_ref(), &mut buffer).map_err(io::Error::from)) {
             Ok(Ok(len)) => {

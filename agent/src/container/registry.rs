@@ -43,6 +43,8 @@ struct Container {
     directory: Directory,
     /// By exec id; `None` while it is being made. The first process' is empty.
     processes: Mutex<HashMap<String, Option<Arc<Process>>>>,
+    /// How many out-of-memory kills were told of.
+    told_kills: Mutex<u64>,
 }
 
 /// Frees an id again unless what it was taken for was made.
@@ -111,6 +113,7 @@ impl Containers {
             cgroup,
             directory,
             processes: Mutex::new(HashMap::from([(String::new(), None)])),
+            told_kills: Mutex::default(),
         });
         let made = match prepare_cgroup(&container) {
             Ok(()) => self.make_init(&container, copy_up, &request.stdio.unwrap_or_default()).await,
@@ -229,8 +232,11 @@ impl Containers {
 
     fn watch_oom(&self, container: &Arc<Container>) {
         let (events, id, cgroup) = (Arc::clone(&self.events), container.id.clone(), container.cgroup.clone());
+        // What is left of the container goes when it is removed, whoever still watches.
+        let container = Arc::downgrade(container);
+        let tell = move |kills| container.upgrade().iter().for_each(|container| container.tell_kills(kills, &events));
         tokio::spawn(async move {
-            if let Err(error) = oom::watch(cgroup, || events.oom(&id)).await {
+            if let Err(error) = oom::watch(cgroup, tell).await {
                 crate::debug!("{id}: out-of-memory events cannot be watched: {error}");
             }
         });
@@ -326,10 +332,23 @@ impl Container {
         {
             crate::error!("{}: cannot kill what the container left behind: {error}", self.id);
         }
-        let oom_killed = ended.status == 128 + libc::SIGKILL as u32 && self.cgroup.oom_kills() > 0;
-        let exit = Exit { status: ended.status, at_ns: ended.at_ns, oom_killed, ..Default::default() };
+        let oom_kills = self.cgroup.oom_kills();
+        self.tell_kills(oom_kills, events);
+        let oom_killed = ended.status == 128 + libc::SIGKILL as u32 && oom_kills > 0;
+        let exit = Exit { status: ended.status, at_ns: ended.at_ns, oom_killed, oom_kills, ..Default::default() };
         process.end(exit.clone());
         events.exit(&self.id, exec_id, exit);
+    }
+}
+
+impl Container {
+    /// Tells of each out-of-memory kill up to the `kills`-th, once.
+    fn tell_kills(&self, kills: u64, events: &Events) {
+        let mut told = crate::lock(&self.told_kills);
+        while *told < kills {
+            *told += 1;
+            events.oom(&self.id, *told);
+        }
     }
 }
 

@@ -506,13 +506,15 @@ async fn out_of_memory(agent: &Agent) {
     let mut seen = Vec::new();
     for _ in 0..2 {
         seen.push(match events.recv().await.unwrap().unwrap().what.unwrap() {
-            What::Oom(_) => "oom",
+            What::Oom(oom) => {
+                assert_eq!((oom.kills, exit.oom_kills), (1, 1));
+                "oom"
+            }
             What::Exit(_) => "exit",
             _ => "?",
         });
     }
-    seen.sort_unstable();
-    assert_eq!(seen, ["exit", "oom"]);
+    assert_eq!(seen, ["oom", "exit"]);
     agent.remove("c1").await;
 }
 

@@ -95,7 +95,7 @@ pub enum Command {
     Resume(ContainerId),
     /// Change a container's limits
     Update(Box<Update>),
-    /// Print statistics of a container as JSON lines
+    /// Print statistics of a container and its out-of-memory kills as JSON lines
     Events(Events),
     /// Write a config.json to start from
     Spec(Spec),
@@ -358,6 +358,18 @@ pub struct Update {
     /// CPU time that may be saved up, in microseconds
     #[arg(long, value_name = "USEC")]
     pub cpu_burst: Option<u64>,
+    /// Whether the container gets CPU time only when nobody else wants it: 1, or 0
+    #[arg(long, value_name = "0|1")]
+    pub cpu_idle: Option<i64>,
+    /// CPUs of the host that the guest's run on: 0-3,7
+    #[arg(long, value_name = "LIST")]
+    pub cpuset_cpus: Option<String>,
+    /// Memory nodes of the host that the guest's memory is in: 0-1
+    #[arg(long, value_name = "LIST")]
+    pub cpuset_mems: Option<String>,
+    /// Weight of the sandbox' I/O on the host, from 10 to 1000
+    #[arg(long, value_name = "N")]
+    pub blkio_weight: Option<u16>,
     /// Memory in bytes
     #[arg(long, short = 'm', value_name = "BYTES", allow_hyphen_values = true)]
     pub memory: Option<i64>,

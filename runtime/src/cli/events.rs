@@ -1,47 +1,68 @@
 //! `katavm events`
 
 use std::io::Write;
+use std::time::{Duration, Instant};
 
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::arguments::{Events, Global};
 use super::{control, find};
-use crate::state::Status;
+use crate::link::ToWatcher;
 
-/// Prints statistics as runc does: one line of JSON, or one per interval until the container has ended.
+/// Prints what happens as runc does, one line of JSON each: statistics once per interval, and each process that the
+/// guest's kernel kills for want of memory, until the container has ended. Or the statistics of this moment alone.
 ///
 /// # Errors
 /// That it does not run.
 pub fn events(global: &Global, options: &Events) -> anyhow::Result<u8> {
+    let (found, id) = (find(global, &options.id)?, options.id.as_str());
+    let client = control::client(&found, &format!("container with id {id} is not running"))?;
+    if options.stats {
+        print("stats", id, Some(data(&client.stats()?)))?;
+        return Ok(0);
+    }
+    let watch = client.watch()?;
+    let mut due = Instant::now() + options.interval;
     loop {
-        let found = find(global, &options.id)?;
-        let client = control::client(&found, &format!("container with id {} is not running", options.id));
-        let metrics = match client.and_then(|client| Ok(client.stats()?)) {
-            Ok(metrics) => metrics,
-            Err(_) if !options.stats && is_over(global, options) => return Ok(0),
-            Err(error) => return Err(error),
-        };
-        writeln!(std::io::stdout(), "{}", line(options.id.as_str(), &metrics))?;
-        if options.stats {
-            return Ok(0);
+        if watch.wait(due.saturating_duration_since(Instant::now()))? {
+            match watch.next()? {
+                Some(ToWatcher::OutOfMemory) => print("oom", id, None)?,
+                Some(ToWatcher::Exited) | None => return Ok(0),
+                Some(ToWatcher::Heard | ToWatcher::Refused(_)) => {}
+            }
+            continue;
         }
-        std::thread::sleep(options.interval);
+        due += options.interval;
+        match client.stats() {
+            Ok(metrics) => print("stats", id, Some(data(&metrics)))?,
+            // It ended just now, which the watch tells.
+            Err(_) if watch.wait(Duration::ZERO)? => {}
+            Err(error) => return Err(error.into()),
+        }
     }
 }
 
-fn is_over(global: &Global, options: &Events) -> bool {
-    find(global, &options.id).map_or(true, |found| found.record.status == Status::Stopped)
+/// Its fields are in the order in which runc prints them, which people look for.
+#[derive(Serialize)]
+struct Line<'a> {
+    #[serde(rename = "type")]
+    kind: &'static str,
+    id: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data: Option<Value>,
 }
 
-fn line(id: &str, metrics: &Metrics) -> Value {
+fn print(kind: &'static str, id: &str, data: Option<Value>) -> std::io::Result<()> {
+    writeln!(std::io::stdout(), "{}", serde_json::to_string(&Line { kind, id, data })?)
+}
+
+fn data(metrics: &Metrics) -> Value {
     let (cpu, memory, pids) = (&metrics.cpu, &metrics.memory, &metrics.pids);
     let events = &metrics.memory_events;
     let limit = |value: u64| if value == 0 { u64::MAX } else { value };
     json!({
-        "type": "stats",
-        "id": id,
-        "data": {
             "cpu": {
                 "usage": { "total": cpu.usage_usec * 1000, "kernel": cpu.system_usec * 1000, "user": cpu.user_usec * 1000 },
                 "throttling": {
@@ -57,6 +78,5 @@ fn line(id: &str, metrics: &Metrics) -> Value {
                 "cache": memory.file,
             },
             "pids": { "current": pids.current, "limit": limit(pids.limit) },
-        },
     })
 }

@@ -23,7 +23,7 @@ mod update;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 
 use crate::host;
 use crate::launch;
@@ -36,6 +36,12 @@ use arguments::{Arguments, Command, Global, Machine};
 const FAILURE: u8 = 1;
 /// The same of `exec`, whose other codes are the process' own.
 const EXEC_FAILURE: u8 = 255;
+
+/// What the command line looks like, for those who write about it.
+#[must_use]
+pub fn definition() -> clap::Command {
+    Arguments::command()
+}
 
 /// Runs the command line of this process.
 #[must_use]

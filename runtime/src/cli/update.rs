@@ -48,8 +48,12 @@ fn from_options(options: &Update) -> Value {
         ("quota", options.cpu_quota.map(Value::from)),
         ("period", options.cpu_period.map(Value::from)),
         ("burst", options.cpu_burst.map(Value::from)),
+        ("idle", options.cpu_idle.map(Value::from)),
+        ("cpus", options.cpuset_cpus.clone().map(Value::from)),
+        ("mems", options.cpuset_mems.clone().map(Value::from)),
     ]);
+    let block_io = options.blkio_weight.map(|weight| json!({ "weight": weight }));
     let pids = options.pids_limit.map(|limit| json!({ "limit": limit }));
     let given = |value: Value| value.as_object().is_some_and(|fields| !fields.is_empty()).then_some(value);
-    object(&[("memory", given(memory)), ("cpu", given(cpu)), ("pids", pids)])
+    object(&[("memory", given(memory)), ("cpu", given(cpu)), ("pids", pids), ("blockIO", block_io)])
 }

@@ -1,5 +1,6 @@
 //! A bundle and its `config.json` (OCI runtime specification 1.2): read, checked, and every field of it accounted for.
 
+mod fields;
 mod honoured;
 mod validate;
 

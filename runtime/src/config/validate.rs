@@ -1,6 +1,6 @@
 //! What a configuration must have for a container to be made of it, and what cannot be had at all.
 
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use oci_spec::runtime::{LinuxNamespaceType, LinuxSeccomp, LinuxSeccompAction, Spec};
 
 /// As `--network host` asks for.
 const HOST_NETWORK: &str = "linux.namespaces has no network namespace, which means the host's network: a guest cannot share it. \
@@ -41,10 +41,17 @@ pub fn check(spec: &Spec) -> Result<(), String> {
             return Err(format!("mounts[{index}].destination \"{destination}\" must be an absolute path"));
         }
     }
-    if linux.seccomp().as_ref().is_some_and(|seccomp| seccomp.listener_path().is_some()) {
-        return Err(
-            "linux.seccomp.listenerPath: a listener on the host cannot serve the system calls of a guest".into()
-        );
+    linux.seccomp().as_ref().map_or(Ok(()), check_seccomp)
+}
+
+fn check_seccomp(seccomp: &LinuxSeccomp) -> Result<(), String> {
+    const WHY: &str = "a listener on the host cannot serve the system calls of a guest";
+    if seccomp.listener_path().is_some() {
+        return Err(format!("linux.seccomp.listenerPath: {WHY}"));
+    }
+    let mut actions = seccomp.syscalls().iter().flatten().map(|syscall| syscall.action());
+    if let Some(index) = actions.position(|action| action == LinuxSeccompAction::ScmpActNotify) {
+        return Err(format!("linux.seccomp.syscalls[{index}].action: SCMP_ACT_NOTIFY: {WHY}"));
     }
     Ok(())
 }
@@ -68,7 +75,7 @@ mod tests {
     #[test]
     fn each_fault_is_named() {
         type Change = fn(&mut Value);
-        let cases: [(&str, Change); 9] = [
+        let cases: [(&str, Change); 10] = [
             ("ociVersion \"2.0.0\" is not supported", |v| v["ociVersion"] = json!("2.0.0")),
             ("root is missing", |v| drop(v.as_object_mut().unwrap().remove("root"))),
             ("process is missing", |v| drop(v.as_object_mut().unwrap().remove("process"))),
@@ -79,6 +86,10 @@ mod tests {
             ("no network namespace", |v| v["linux"]["namespaces"] = json!([{ "type": "mount" }])),
             ("linux.seccomp.listenerPath", |v| {
                 v["linux"]["seccomp"] = json!({ "defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/run/x" });
+            }),
+            ("linux.seccomp.syscalls[0].action", |v| {
+                let syscalls = json!([{ "names": ["mkdir"], "action": "SCMP_ACT_NOTIFY" }]);
+                v["linux"]["seccomp"] = json!({ "defaultAction": "SCMP_ACT_ALLOW", "syscalls": syscalls });
             }),
         ];
         let parse = |value: Value| serde_json::from_value(value).unwrap();

@@ -70,6 +70,13 @@ impl Cgroup {
     /// # Errors
     /// What the kernel or systemd refuses.
     pub fn limit(&self, resources: &LinuxResources) -> io::Result<()> {
+        let mut resources = resources.clone();
+        if self.systemd {
+            take_cpusets(&mut resources);
+        } else if !self.folder().join("io.bfq.weight").exists() {
+            set_io_weight(&mut resources);
+        }
+        let resources = &resources;
         let options = ControllerOpt { resources, disable_oom_killer: false, oom_score_adj: None, freezer_state: None };
         self.manager()?.apply(&options).map_err(|error| self.failed("limit", &error))
     }
@@ -91,7 +98,7 @@ impl Cgroup {
 
     /// Kills what is in it, and waits for the end of that: a group with processes cannot be removed.
     fn empty(&self) -> io::Result<()> {
-        let folder = Path::new("/sys/fs/cgroup").join(self.path.strip_prefix("/").unwrap_or(&self.path));
+        let folder = self.folder();
         let mut events =
             match fs::write(folder.join("cgroup.kill"), "1").and_then(|()| File::open(folder.join("cgroup.events"))) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -110,6 +117,11 @@ impl Cgroup {
             let timeout = Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: left.subsec_nanos().into() };
             poll(&mut [PollFd::new(&events, PollFlags::PRI)], Some(&timeout))?;
         }
+    }
+
+    /// Its folder, unless systemd has made it.
+    fn folder(&self) -> PathBuf {
+        Path::new("/sys/fs/cgroup").join(self.path.strip_prefix("/").unwrap_or(&self.path))
     }
 
     /// Whether a group, from the root of cgroup v2, is this one or in it.
@@ -141,6 +153,38 @@ impl Cgroup {
     }
 }
 
+/// Takes out CPUs and memory nodes, with a warning: libcgroups tells systemd of them in a type that it refuses.
+fn take_cpusets(resources: &mut LinuxResources) {
+    let mut taken = false;
+    if let Some(mut cpu) = resources.cpu().clone() {
+        taken = cpu.cpus().is_some() || cpu.mems().is_some();
+        cpu.set_cpus(None).set_mems(None);
+        resources.set_cpu(Some(cpu));
+    }
+    if let Some(mut files) = resources.unified().clone() {
+        let before = files.len();
+        files.retain(|file, _| !file.starts_with("cpuset."));
+        taken |= files.len() < before;
+        resources.set_unified(Some(files));
+    }
+    if taken {
+        log::warn!("linux.resources.cpu: cpus and mems have no effect in a control group that systemd makes");
+    }
+}
+
+/// Makes a weight of I/O one of cgroup v2, as runc does: 10 to 1000 become 1 to 10000. libcgroups does the same in 16 bits,
+/// which are too few.
+fn set_io_weight(resources: &mut LinuxResources) {
+    let Some(mut io) = resources.block_io().clone() else { return };
+    let Some(weight) = io.weight().filter(|weight| *weight > 0) else { return };
+    io.set_weight(None);
+    resources.set_block_io(Some(io));
+    let weight = 1 + u64::from(weight.saturating_sub(10)) * 9999 / 990;
+    let mut unified = resources.unified().clone().unwrap_or_default();
+    unified.entry("io.weight".into()).or_insert_with(|| weight.to_string());
+    resources.set_unified(Some(unified));
+}
+
 /// This process' own, from the root of cgroup v2.
 fn own() -> io::Result<PathBuf> {
     let text = fs::read_to_string("/proc/self/cgroup")?;
@@ -154,6 +198,18 @@ mod tests {
 
     fn cgroup(path: &str, systemd: bool) -> Cgroup {
         Cgroup { path: path.into(), systemd, id: "c1".into() }
+    }
+
+    #[test]
+    fn weights_of_io_are_those_of_cgroup_v2() {
+        for (given, written) in [(10, "1"), (100, "910"), (500, "4950"), (1000, "10000")] {
+            let json = serde_json::json!({ "blockIO": { "weight": given } });
+            let mut resources: LinuxResources = serde_json::from_value(json).unwrap();
+            set_io_weight(&mut resources);
+            let unified = resources.unified().as_ref().unwrap();
+            assert_eq!(unified.get("io.weight").map(String::as_str), Some(written));
+            assert_eq!(resources.block_io().as_ref().unwrap().weight(), None);
+        }
     }
 
     #[test]

@@ -4,8 +4,13 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use katavm_protocol::agent::Exit;
+use oci_spec::runtime::LinuxResources;
 
+use super::watch::Kills;
 use super::{Phase, PodError, Process};
+use crate::host::Cgroup;
+use crate::limits;
+use crate::sandbox::blocking;
 use crate::sandbox::share::Exports;
 use crate::state::{Journal, Record, Status};
 
@@ -18,16 +23,28 @@ pub struct Container {
     /// By exec id; nothing while it is being made.
     execs: Mutex<HashMap<String, Option<Arc<Process>>>>,
     journal: Mutex<Journal>,
+    /// The group on the host that its limits hold for as well.
+    cgroup: Option<Cgroup>,
+    /// Out-of-memory kills.
+    kills: Kills,
 }
 
 impl Container {
-    pub(super) fn new(id: String, init: Arc<Process>, exports: Exports, journal: Journal) -> Self {
+    pub(super) fn new(
+        id: String,
+        init: Arc<Process>,
+        exports: Exports,
+        journal: Journal,
+        cgroup: Option<Cgroup>,
+    ) -> Self {
         let container = Self {
             id,
             init,
             exports: Mutex::new(Some(exports)),
             execs: Mutex::default(),
             journal: Mutex::new(journal),
+            cgroup,
+            kills: Kills::new(),
         };
         container.note(Status::Created);
         container
@@ -43,6 +60,11 @@ impl Container {
     #[must_use]
     pub fn init(&self) -> &Arc<Process> {
         &self.init
+    }
+
+    /// Its out-of-memory kills.
+    pub(super) fn kills(&self) -> &Kills {
+        &self.kills
     }
 
     /// What is known about it.
@@ -79,6 +101,23 @@ impl Container {
                 entry.insert(None);
                 Ok(Claim { container: Arc::clone(self), exec_id: exec_id.into() })
             }
+        }
+    }
+
+    /// Changes the limits that hold on the host.
+    pub(super) async fn limit_on_host(&self, resources: &LinuxResources) -> Result<(), PodError> {
+        match (&self.cgroup, limits::only_on_host(resources).first()) {
+            (Some(cgroup), _) => {
+                let (cgroup, limits) = (cgroup.clone(), limits::of_host(resources));
+                let limited = blocking(move || cgroup.limit(&limits)).await;
+                limited.map_err(|error| PodError::State(error.to_string()))
+            }
+            (None, None) => Ok(()),
+            (None, Some(field)) => Err(PodError::State(format!(
+                "linux.resources.{field} cannot be changed: it is a limit of the virtual machine, which no control \
+                 group of container {} holds",
+                self.id
+            ))),
         }
     }
 

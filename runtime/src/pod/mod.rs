@@ -5,15 +5,21 @@ mod io;
 mod network;
 mod process;
 mod streams;
+mod watch;
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use katavm_devices::fs::FsShare;
+use katavm_protocol::agent::event::What;
 use katavm_protocol::agent::{CreateContainerRequest, CreateExecRequest, Ready, StatsResponse};
-use tokio::sync::watch;
+use oci_spec::runtime::LinuxResources;
+use tokio::sync::watch::Sender;
 
+use crate::host::Cgroup;
+use crate::limits;
 use crate::link::Link;
 use crate::network::NetworkError;
 use crate::process::terminal::TerminalError;
@@ -26,6 +32,7 @@ pub use container::Container;
 pub use io::Io;
 pub use network::Network;
 pub use process::{Phase, Process};
+pub use watch::{News, Watched};
 
 /// Why something was not done to a container.
 #[derive(Debug, thiserror::Error)]
@@ -98,6 +105,9 @@ pub struct NewContainer {
     pub link: Option<Link>,
     /// Where its state is written down.
     pub journal: Journal,
+    /// The control group on the host that its limits hold for as well; nothing if that is another container's, or if
+    /// there is none.
+    pub cgroup: Option<Cgroup>,
 }
 
 /// A sandbox that is ready, and its containers by their ids.
@@ -110,7 +120,11 @@ pub struct Pod {
     share: FsShare,
     containers: Mutex<BTreeMap<String, Arc<Container>>>,
     /// How many containers have a first process that has not ended; changes when one is made or ends.
-    alive: watch::Sender<usize>,
+    alive: Sender<usize>,
+    /// How many watch a container.
+    watchers: Sender<usize>,
+    /// What happens in the guest is followed: from when somebody wants to know on.
+    followed: AtomicBool,
 }
 
 impl Pod {
@@ -126,8 +140,10 @@ impl Pod {
         hostname: &str,
     ) -> Result<(Arc<Self>, Ready), PodError> {
         let (agent, ready) = sandbox.prepare(ready, hostname).await?;
-        let (containers, alive) = (Mutex::default(), watch::Sender::new(0));
-        let pod = Self { sandbox: Arc::clone(sandbox), agent, network, share, containers, alive };
+        let (containers, alive, watchers) = (Mutex::default(), Sender::new(0), Sender::new(0));
+        let followed = AtomicBool::new(false);
+        let sandbox = Arc::clone(sandbox);
+        let pod = Self { sandbox, agent, network, share, containers, alive, watchers, followed };
         pod.update_network().await?;
         Ok((Arc::new(pod), ready))
     }
@@ -160,7 +176,7 @@ impl Pod {
     /// # Errors
     /// Any [`PodError`]; nothing is left of it then.
     pub async fn create(self: &Arc<Self>, new: NewContainer) -> Result<Arc<Process>, PodError> {
-        let NewContainer { id, spec, exports, io, link, journal } = new;
+        let NewContainer { id, spec, exports, io, link, journal, cgroup } = new;
         if self.containers().contains_key(&id) {
             return Err(PodError::Exists(format!("container {id}")));
         }
@@ -185,7 +201,7 @@ impl Pod {
                 return Err(error);
             }
         };
-        let container = Arc::new(Container::new(id.clone(), Arc::clone(&process), shared, journal));
+        let container = Arc::new(Container::new(id.clone(), Arc::clone(&process), shared, journal, cgroup));
         self.containers().insert(id, Arc::clone(&container));
         self.alive.send_modify(|alive| *alive += 1);
         let pod = Arc::clone(self);
@@ -297,16 +313,59 @@ impl Pod {
     /// # Errors
     /// Any [`PodError`].
     pub async fn stats(&self, container_id: &str) -> Result<StatsResponse, PodError> {
-        self.container(container_id)?;
-        Ok(self.agent.stats(container_id).await?)
+        let container = self.container(container_id)?;
+        let stats = self.agent.stats(container_id).await?;
+        container.kills().note(stats.memory_events.get("oom_kill").copied().unwrap_or_default());
+        Ok(stats)
     }
 
-    /// Changes a container's limits.
+    /// Watches a container from now on.
     ///
     /// # Errors
     /// Any [`PodError`].
-    pub async fn update(&self, container_id: &str, resources: Vec<u8>) -> Result<(), PodError> {
-        self.container(container_id)?;
+    pub async fn watch(self: &Arc<Self>, container_id: &str) -> Result<Watched, PodError> {
+        let container = self.container(container_id)?;
+        self.follow_events().await?;
+        // What was before is not news.
+        self.stats(container_id).await?;
+        Ok(Watched::new(container, self.watchers.clone()))
+    }
+
+    /// Has the agent tell of what happens in the guest, if it does not yet.
+    async fn follow_events(self: &Arc<Self>) -> Result<(), PodError> {
+        if self.followed.swap(true, Ordering::Relaxed) {
+            return Ok(());
+        }
+        let mut events = self.agent.events().await.inspect_err(|_| self.followed.store(false, Ordering::Relaxed))?;
+        let pod = Arc::downgrade(self);
+        tokio::spawn(async move {
+            while let Some(event) = events.next().await {
+                let Some(pod) = pod.upgrade() else { return };
+                if let (Some(What::Oom(oom)), Ok(container)) = (event.what, pod.container(&event.container_id)) {
+                    container.kills().note(oom.kills);
+                }
+            }
+        });
+        Ok(())
+    }
+
+    /// Returns when nobody watches a container any more.
+    pub async fn unwatched(&self) {
+        // The sender lives in this pod.
+        let _ = self.watchers.subscribe().wait_for(|watchers| *watchers == 0).await;
+    }
+
+    /// Changes a container's limits, in the guest and on the host; `resources` is JSON as in the runtime specification.
+    ///
+    /// # Errors
+    /// Any [`PodError`].
+    pub async fn update(&self, container_id: &str, resources: &[u8]) -> Result<(), PodError> {
+        let container = self.container(container_id)?;
+        let invalid = |error: serde_json::Error| PodError::State(format!("the resources: {error}"));
+        let mut resources: LinuxResources = serde_json::from_slice(resources).map_err(invalid)?;
+        container.limit_on_host(&resources).await?;
+        limits::keep_guests(&mut resources);
+        let resources = serde_json::to_vec(&resources).map_err(invalid)?;
         Ok(self.agent.update_container(container_id, resources).await?)
     }
 

@@ -7,13 +7,13 @@ use std::time::Duration;
 pub use katavm_protocol::agent::Process as GuestProcess;
 use katavm_protocol::agent::{
     CheckRequest, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, CreateExecRequest,
-    CreateSandboxRequest, Empty, Exit, ProcessRequest, ResizeTerminalRequest, SignalRequest, StatsResponse,
+    CreateSandboxRequest, Empty, Event, Exit, ProcessRequest, ResizeTerminalRequest, SignalRequest, StatsResponse,
     UpdateContainerRequest,
 };
 use katavm_protocol::agent_ttrpc::AgentClient;
 use tokio::time::timeout;
-use ttrpc::r#async::Client;
 use ttrpc::r#async::transport::Socket;
+use ttrpc::r#async::{Client, ClientStreamReceiver};
 use ttrpc::context::{Context, with_duration};
 
 use crate::process::terminal::WindowSize;
@@ -230,6 +230,14 @@ impl Agent {
         within(PATIENCE, self.client.stats(deadline(PATIENCE), &container(id))).await
     }
 
+    /// What happens in the guest from now on.
+    ///
+    /// # Errors
+    /// Any [`AgentError`].
+    pub async fn events(&self) -> Result<Events, AgentError> {
+        Ok(Events(self.client.events(Context::default(), &Empty::new()).await?))
+    }
+
     /// Changes a container's limits: `resources` is JSON as in the runtime specification.
     ///
     /// # Errors
@@ -238,6 +246,22 @@ impl Agent {
         let request = UpdateContainerRequest { container_id: id.into(), resources, ..Default::default() };
         within(PATIENCE, self.client.update_container(deadline(PATIENCE), &request)).await?;
         Ok(())
+    }
+}
+
+/// What happens in the guest.
+pub struct Events(ClientStreamReceiver<Event>);
+
+impl Events {
+    /// The next event; nothing when the guest has ended.
+    pub async fn next(&mut self) -> Option<Event> {
+        match self.0.recv().await {
+            Ok(event) => event,
+            Err(error) => {
+                log::debug!("the agent tells of nothing more: {error}");
+                None
+            }
+        }
     }
 }
 

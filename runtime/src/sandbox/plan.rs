@@ -10,6 +10,7 @@ use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
 use super::size::{MemorySize, Size, SizeError};
 use crate::config::Bundle;
 use crate::host::{self, FileKind, system_message};
+use crate::limits;
 use crate::standin::{View, Volume};
 use crate::state::Id;
 
@@ -169,7 +170,7 @@ fn share(id: &Id, mount: &mut Mount, index: usize, bundle: &Path) -> Result<Opti
     }
 }
 
-/// Takes out what would have a wrong meaning in the guest; each field is one that `config::honoured` warns about.
+/// Takes out what would have a wrong meaning in the guest; each field is the host's, or one that `config::honoured` warns about.
 fn strip(spec: &mut Spec, shared: &SharedNamespaces) {
     let Some(linux) = spec.linux_mut() else { return };
     linux.set_cgroups_path(None);
@@ -185,21 +186,11 @@ fn strip(spec: &mut Spec, shared: &SharedNamespaces) {
         }
     }
     if let Some(resources) = linux.resources_mut() {
-        resources.set_block_io(None);
-        resources.set_network(None);
-        resources.set_rdma(None);
-        if let Some(cpu) = resources.cpu_mut() {
-            cpu.set_cpus(None);
-            cpu.set_mems(None);
-            cpu.set_realtime_runtime(None);
-            cpu.set_realtime_period(None);
-        }
-        if let Some(memory) = resources.memory_mut() {
-            memory.set_kernel(None);
-            memory.set_kernel_tcp(None);
-            memory.set_swappiness(None);
-            memory.set_disable_oom_killer(None);
-        }
+        limits::keep_guests(resources);
+    }
+    if let Some(mut personality) = linux.personality().clone() {
+        personality.set_flags(None);
+        linux.set_personality(Some(personality));
     }
     for mount in spec.mounts_mut().iter_mut().flatten() {
         mount.set_uid_mappings(None);

@@ -1,5 +1,6 @@
-//! Descriptors for a process that is about to be made: whoever asks for it connects here first, says which process it
-//! means, and passes the standard streams. The connection stays as the process' link.
+//! What the Task API has no words for. Descriptors for a process that is about to be made: whoever asks for it connects
+//! here first, says which process it means, and passes the standard streams; the connection stays as the process' link.
+//! And what happens to a container, for those who watch it.
 
 use std::collections::HashMap;
 use std::io;
@@ -15,8 +16,9 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::task::JoinHandle;
 
-use crate::link::{Hello, Link, ToStandIn};
-use crate::pod::Io;
+use super::watch;
+use crate::link::{Greeting, Hello, Link, ToStandIn};
+use crate::pod::{Io, Pod};
 use crate::process::stdio::Inherited;
 use crate::process::terminal::WindowSize;
 use crate::state::StateDir;
@@ -77,7 +79,7 @@ pub fn dial(path: &Path) -> io::Result<OwnedFd> {
 }
 
 /// Takes connections at `path`.
-pub fn listen(path: &Path) -> io::Result<Attaching> {
+pub fn listen(path: &Path, pod: &Arc<Pod>) -> io::Result<Attaching> {
     let listener = socket()?;
     bind(&listener, &SocketAddrUnix::new(path)?)?;
     listen_on(&listener, 64)?;
@@ -86,20 +88,20 @@ pub fn listen(path: &Path) -> io::Result<Attaching> {
     let listener = unsafe { AsyncFd::register_with_interest(listener, Interest::READABLE) };
     let listener = listener.map_err(io::Error::from)?;
     let pending = Pending::default();
-    let task = tokio::spawn(accept(listener, pending.clone()));
+    let task = tokio::spawn(accept(listener, pending.clone(), Arc::clone(pod)));
     Ok(Attaching { pending, task })
 }
 
-async fn accept(listener: AsyncFd<OwnedFd>, pending: Pending) {
+async fn accept(listener: AsyncFd<OwnedFd>, pending: Pending, pod: Arc<Pod>) {
     loop {
         let Ok(mut guard) = listener.readable().await else { return };
         let accepted = guard.try_io(|fd| Ok(accept_with(fd.get_ref(), SocketFlags::CLOEXEC)?));
         match accepted {
             Ok(Ok(socket)) => {
-                let pending = pending.clone();
+                let (pending, pod) = (pending.clone(), Arc::clone(&pod));
                 tokio::spawn(async move {
-                    if let Err(error) = greet(socket, &pending).await {
-                        log::warn!("a client's streams cannot be taken: {error}");
+                    if let Err(error) = greet(socket, &pending, &pod).await {
+                        log::warn!("a client cannot be served: {error}");
                     }
                 });
             }
@@ -113,9 +115,13 @@ async fn accept(listener: AsyncFd<OwnedFd>, pending: Pending) {
     }
 }
 
-async fn greet(socket: OwnedFd, pending: &Pending) -> io::Result<()> {
+async fn greet(socket: OwnedFd, pending: &Pending, pod: &Arc<Pod>) -> io::Result<()> {
     let asker = Link::new(socket)?;
-    let Some((hello, descriptors)) = asker.receive::<Hello>().await? else { return Ok(()) };
+    let (hello, descriptors) = match asker.receive::<Greeting>().await? {
+        None => return Ok(()),
+        Some((Greeting::Watch(id), _)) => return watch::tell(pod, &id, &asker).await,
+        Some((Greeting::Process(hello), descriptors)) => (hello, descriptors),
+    };
     let mut descriptors = descriptors.into_iter();
     let io = streams(&hello, &mut descriptors)?;
     let key = (hello.container_id, hello.exec_id);

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use containerd_shim_protos::api::{
     CloseIORequest, CreateTaskRequest, DeleteRequest, ExecProcessRequest, KillRequest, PauseRequest, PidsRequest,
@@ -13,6 +13,7 @@ use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::shim_async::TaskClient;
 use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
 use ttrpc::r#async::Client as Connection;
@@ -21,7 +22,7 @@ use ttrpc::context::{Context, with_duration};
 
 use super::task::processes;
 use super::{ATTACH, ShortPath, TASK, attach};
-use crate::link::{self, Hello, ToStandIn};
+use crate::link::{self, Greeting, Hello, ToStandIn, ToWatcher};
 use crate::sandbox::agent::GuestProcess;
 use crate::state::StateDir;
 
@@ -141,7 +142,7 @@ impl Client {
             terminal: streams.terminal,
             state: container.map(|(state, _)| state.path().to_owned()),
         };
-        link::send(&socket, &hello, &given)?;
+        link::send(&socket, &Greeting::Process(hello), &given)?;
         match link::receive(&socket)? {
             Some((ToStandIn::Heard, _)) => Ok(socket),
             _ => Err(ClientError::Connection("it did not take the streams".into())),
@@ -246,8 +247,51 @@ impl Client {
         unpacked.ok_or_else(|| ClientError::Connection("an answer without statistics".into()))
     }
 
+    /// Watches the container from now on.
+    ///
+    /// # Errors
+    /// Any [`ClientError`].
+    pub fn watch(&self) -> Result<Watch, ClientError> {
+        let socket = attach::dial(&self.directory.join(ATTACH))?;
+        link::send(&socket, &Greeting::Watch(self.id.clone()), &[])?;
+        match link::receive(&socket)? {
+            Some((ToWatcher::Heard, _)) => Ok(Watch(socket)),
+            Some((ToWatcher::Refused(reason), _)) => Err(ClientError::Refused(reason)),
+            _ => Err(ClientError::Connection("it does not tell what happens".into())),
+        }
+    }
+
     fn ask<T>(&self, request: impl Future<Output = ttrpc::Result<T>>) -> Result<T, ClientError> {
         Ok(self.runtime.block_on(request)?)
+    }
+}
+
+/// A container that is watched.
+pub struct Watch(OwnedFd);
+
+impl Watch {
+    /// What has happened; nothing when the sandbox process has ended. Waits for it.
+    ///
+    /// # Errors
+    /// Those of recvmsg(2).
+    pub fn next(&self) -> io::Result<Option<ToWatcher>> {
+        Ok(link::receive(&self.0)?.map(|(message, _)| message))
+    }
+
+    /// Waits until [`Self::next`] does not wait, or for `patience`; whether something has happened.
+    ///
+    /// # Errors
+    /// Those of poll(2).
+    pub fn wait(&self, patience: Duration) -> io::Result<bool> {
+        let end = Instant::now() + patience;
+        loop {
+            let left = Timespec::try_from(end.saturating_duration_since(Instant::now())).map_err(io::Error::other)?;
+            match poll(&mut [PollFd::new(&self.0, PollFlags::IN)], Some(&left)) {
+                Ok(ready) => return Ok(ready > 0),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
 }
 

@@ -1,9 +1,10 @@
 //! The service of a sandbox process: containerd's Task API on a unix socket in the state directory of the sandbox'
-//! first container, and beside it a socket for what ttrpc cannot carry, open descriptors.
+//! first container, and beside it a socket for what that has no words for: open descriptors, and events.
 
 mod attach;
 mod client;
 mod task;
+mod watch;
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -17,7 +18,7 @@ use ttrpc::r#async::Server;
 use ttrpc::r#async::transport::Listener;
 
 use crate::pod::{Pod, PodError};
-pub use client::{Client, ClientError, Streams};
+pub use client::{Client, ClientError, Streams, Watch};
 
 /// The Task API's socket.
 const TASK: &str = "task.sock";
@@ -37,7 +38,7 @@ pub struct Service {
 pub async fn serve(pod: &Arc<Pod>, directory: &Path) -> Result<Service, PodError> {
     let failed = |error: io::Error| PodError::State(format!("cannot serve in {}: {error}", directory.display()));
     let short = ShortPath::of(directory).map_err(failed)?;
-    let attach = attach::listen(&short.join(ATTACH)).map_err(failed)?;
+    let attach = attach::listen(&short.join(ATTACH), pod).map_err(failed)?;
     let listener = UnixListener::bind(short.join(TASK)).map_err(failed)?;
     let service = Arc::new(task::TaskService::new(Arc::clone(pod), attach.pending(), directory.to_owned()));
     let stream = futures::stream::unfold(listener, |listener| async move {

@@ -192,7 +192,7 @@ impl Task for TaskService {
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
         let resources = request.resources.into_option().unwrap_or_default().value;
         let pod = Arc::clone(&self.pod);
-        to_its_end(async move { pod.update(&request.id, resources).await }).await?;
+        to_its_end(async move { pod.update(&request.id, &resources).await }).await?;
         Ok(Empty::new())
     }
 

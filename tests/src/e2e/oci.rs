@@ -22,6 +22,8 @@ pub const CASES: Table = (
         ("hooks_run_in_order_with_the_state", hooks),
         ("a_killed_sandbox_process_is_a_stopped_container", killed),
         ("what_cannot_be_done_is_refused", refusals),
+        ("events_tell_of_each_process_that_is_killed_for_want_of_memory", out_of_memory),
+        ("limits_of_the_host_hold_there_and_can_be_changed", host_limits),
     ],
 );
 
@@ -259,5 +261,88 @@ fn refusals(context: &Context) -> Result<Verdict> {
         "katavm: --preserve-fds: descriptors of the host mean nothing in a guest with a kernel of its own",
     ];
     expect(&output, &lines)?;
+    Ok(Verdict::Passed)
+}
+
+/// CPUs and memory nodes of the host, by cpuset, and the weight of I/O: for every thread of the sandbox process.
+fn host_limits(context: &Context) -> Result<Verdict> {
+    bundle(context, &["sleep", "1000"], |config| {
+        config["linux"]["cgroupsPath"] = json!("/engine/c1");
+        let io = json!({"weight": 100, "leafWeight": 5});
+        let unified = json!({"cpuset.cpus.partition": "member", "memory.high": "99999744"});
+        let cgroup = json!({"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup"});
+        config["mounts"].as_array_mut().into_iter().for_each(|mounts| {
+            mounts.push(json!({"destination": "/sys", "type": "sysfs", "source": "sysfs"}));
+            mounts.push(cgroup.clone());
+        });
+        config["linux"]["resources"] = json!({"cpu": {"cpus": "1", "mems": "0"}, "blockIO": io, "unified": unified});
+    })?;
+    let traces = Traces::of(context.scratch());
+    let output = script(
+        context,
+        "katavm run -d --pid-file pid c1 </dev/null >out 2>&1; group=/sys/fs/cgroup/engine/c1
+         sandbox=$(pgrep -x katavm-sandbox)
+         allowed() { grep -h \"^$1\" /proc/$sandbox/task/*/status | sort -u | tr -d '\\t'; }
+         grep -h '^vcpu0$' /proc/$sandbox/task/*/comm; allowed Cpus_allowed_list; allowed Mems_allowed_list
+         cat $group/cpuset.cpus $group/cpuset.mems $group/io.weight
+         katavm exec c1 cat /sys/fs/cgroup/memory.high /sys/fs/cgroup/cpuset.cpus
+         katavm update --cpuset-cpus 0 --blkio-weight 10 --pids-limit 55 c1; allowed Cpus_allowed_list; cat $group/io.weight
+         echo '{\"cpu\": {\"cpus\": \"0-1\"}}' | katavm update -r - c1; allowed Cpus_allowed_list
+         katavm update --cpuset-cpus 99 c1 2>&1 | grep -o 'cannot limit the control group /engine/c1' || true; allowed Cpus_allowed_list
+         katavm events --stats c1 | grep -o '\"limit\":55'
+         katavm delete --force c1; rmdir /sys/fs/cgroup/engine; cat out",
+    )?;
+    let lines = [
+        "vcpu0",
+        "Cpus_allowed_list:1",
+        "Mems_allowed_list:0",
+        "1",
+        "0",
+        "default 910",
+        "99999744",
+        // The guest knows nothing of it.
+        "",
+        "Cpus_allowed_list:0",
+        "default 1",
+        "Cpus_allowed_list:0-1",
+        "cannot limit the control group /engine/c1",
+        "Cpus_allowed_list:0-1",
+        "\"limit\":55",
+        "katavm: warning: config.json: linux.resources.blockIO.leafWeight is not honoured: the guest has cgroup v2 only, \
+         which has no such setting",
+    ];
+    expect(&output, &lines)?;
+    traces.expect_nothing_new()?;
+    Ok(Verdict::Passed)
+}
+
+/// Of a further process, which the container survives, and of its first, with which it ends.
+fn out_of_memory(context: &Context) -> Result<Verdict> {
+    bundle(context, &["sh", "-c", "read go; exec busybox tail /dev/zero"], |config| {
+        config["linux"]["resources"] = json!({"memory": {"limit": 32 << 20, "swap": 32 << 20}});
+    })?;
+    let traces = Traces::of(context.scratch());
+    let output = script(
+        context,
+        "mkfifo go; exec 4<>go
+         katavm run --bundle . c1 <go >out 2>&1 & run=$!
+         until katavm state c1 2>/dev/null | grep -q '\"running\"'; do sleep 0.2; done
+         exec 3< <(katavm events --interval 300ms c1; echo events $?)
+         read -r line <&3; echo \"${line%%:\\{*}\"
+         katavm exec c1 busybox tail /dev/zero || echo exec $?
+         while read -r line <&3; do case $line in *oom\\\"*) echo \"$line\"; break; esac; done
+         echo go >&4; wait $run || echo run $?
+         grep -v '^{\"type\":\"stats\"' <&3",
+    )?;
+    let lines = [
+        "{\"type\":\"stats\",\"id\":\"c1\",\"data\"",
+        "exec 137",
+        "{\"type\":\"oom\",\"id\":\"c1\"}",
+        "run 137",
+        "{\"type\":\"oom\",\"id\":\"c1\"}",
+        "events 0",
+    ];
+    expect(&output, &lines)?;
+    traces.expect_nothing_new()?;
     Ok(Verdict::Passed)
 }

@@ -36,6 +36,7 @@ pub async fn create(
         io,
         link: Some(link),
         journal: Journal::new(state, record),
+        cgroup: None,
     };
     let id = new.id.clone();
     pod.create(new).await?;
