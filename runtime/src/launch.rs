@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use nix::sched::CloneFlags;
-use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxNamespace, LinuxNamespaceType, LinuxResources};
+use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxNamespace, LinuxNamespaceType, LinuxResources, Spec};
 use rustix::process::{Pid, geteuid};
 
 use crate::config::{Bundle, ConfigError};
@@ -54,7 +54,7 @@ pub enum LaunchError {
     Cgroup(io::Error),
     /// The stand-in.
     #[error("cannot make the container's stand-in process: {0}")]
-    StandIn(#[source] io::Error),
+    StandIn(io::Error),
 }
 
 /// What the command line says about a sandbox.
@@ -122,6 +122,7 @@ impl Launch {
             true => Cgroup::plan(path, options.systemd_cgroup, id.as_str()).map_err(LaunchError::Cgroup)?,
             false => None,
         };
+        let cgroup = cgroup.filter(|cgroup| host::is_root_of_host() || is_usable(cgroup, &bundle.spec));
         Ok(Self { id, bundle, plan, pod, image, console: options.console, cgroup })
     }
 
@@ -153,7 +154,14 @@ impl Launch {
         let linux = self.bundle.spec.linux().as_ref();
         let limits = host_limits(linux.and_then(|linux| linux.resources().as_ref()), &self.plan.size);
         let entered = cgroup.join(std::process::id()).and_then(|()| cgroup.join(stand_in));
-        entered.and_then(|()| cgroup.limit(&limits)).map_err(LaunchError::Cgroup)
+        match entered.and_then(|()| cgroup.limit(&limits)) {
+            // The user may have got a group, but not each controller.
+            Err(error) if !host::is_root_of_host() => {
+                log::warn!("{error}");
+                Ok(())
+            }
+            entered => entered.map_err(LaunchError::Cgroup),
+        }
     }
 
     /// Moves the stand-in of a container in another's sandbox into its control group, where nothing else of it is: its
@@ -229,6 +237,22 @@ impl Launch {
         }
         Ok(result)
     }
+}
+
+/// Whether a rootless engine's user has been given such a control group. Without it the sandbox stays where the engine
+/// is, as with other runtimes; that is told if the host was to enforce something.
+fn is_usable(cgroup: &Cgroup, spec: &Spec) -> bool {
+    let Err(error) = cgroup.is_delegated() else { return true };
+    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    let level = match resources.is_some_and(|resources| resources.block_io().is_some()) {
+        true => log::Level::Warn,
+        false => log::Level::Info,
+    };
+    log::log!(
+        level,
+        "the sandbox gets no control group on the host, so that linux.resources.blockIO has no effect: {error}"
+    );
+    false
 }
 
 /// Memory of a sandbox beside the guest's RAM: the process itself and what the host's kernel keeps for it.

@@ -40,14 +40,15 @@ impl View {
         for volume in &self.volumes {
             volumes.push((self.step("clone", volume.open())?, volume));
         }
-        let proc = self.step("mount proc for", host::new_proc())?;
+        // Root of a user namespace may mount one only where the engine's is whole.
+        let proc = host::new_proc();
         // Any directory will do for the moment: the namespace is this process' alone.
         self.step("change to", host::change_root(&root, Path::new("/proc")))?;
         for (tree, volume) in volumes {
             volume.attach(&tree, &root);
         }
         // A root file system without /proc is possible.
-        if let Err(error) = host::attach_inside(&proc, &root, Path::new("proc")) {
+        if let Err(error) = proc.and_then(|proc| host::attach_inside(&proc, &root, Path::new("proc"))) {
             log::debug!("no /proc for the stand-in: {error}");
         }
         Ok(())

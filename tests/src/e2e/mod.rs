@@ -19,6 +19,7 @@ mod podman;
 mod process;
 mod rebuild;
 mod report;
+mod rootless;
 mod run;
 mod shell;
 mod snapshot;
@@ -85,6 +86,7 @@ pub fn cases(long: bool) -> Vec<Case> {
         hostile::CASES,
         survive::CASES,
         user::CASES,
+        rootless::CASES,
     ];
     let long: &[Table] = if long { &[failing::LONG, hostile::LONG, survive::LONG, run::LONG_TABLES[0]] } else { &[] };
     let tables = first.iter().chain(long).chain(&run::TABLES).chain(last);
