@@ -184,7 +184,8 @@ impl Launch {
             true => (self.namespaces()?, Some(self.plan.view.clone())),
             false => (self.no_namespaces()?, None),
         };
-        let plan = standin::Plan { namespaces, view, terminal };
+        let id_maps = view.as_ref().map_or(Ok(Vec::new()), standin::View::id_maps).map_err(LaunchError::StandIn)?;
+        let plan = standin::Plan { namespaces, view, id_maps, terminal };
         let pid = standin::start(plan, theirs).map_err(LaunchError::StandIn)?;
         standin::await_entry(&ours).map_err(LaunchError::StandIn)?;
         let netns = geteuid().is_root().then(|| {

@@ -31,7 +31,6 @@ enum Fate {
 }
 use Fate::{Honoured, Ignored, Parts};
 
-const NOT_YET: &str = "not implemented yet";
 const UNKNOWN: &str = "unknown field";
 const CGROUP_V1: &str = "the guest has cgroup v2 only, which has no such setting";
 const NO_LSM: &str = "the guest's kernel has no such security module; the virtual machine is the boundary";
@@ -77,8 +76,8 @@ const TABLE: &[(&str, Fate)] = &[
     ("mounts[].type", Honoured),
     ("mounts[].source", Honoured),
     ("mounts[].options", Honoured),
-    ("mounts[].uidMappings", Ignored(NOT_YET)),
-    ("mounts[].gidMappings", Ignored(NOT_YET)),
+    ("mounts[].uidMappings", Honoured),
+    ("mounts[].gidMappings", Honoured),
     ("hooks", Parts),
     ("hooks.prestart", Honoured),
     ("hooks.createRuntime", Honoured),
@@ -147,21 +146,11 @@ const TABLE: &[(&str, Fate)] = &[
     ("freebsd", Ignored(OTHER_SYSTEM)),
 ];
 
-/// Mount options that mean an identity-mapped mount.
-const IDMAP: [&str; 2] = ["idmap", "ridmap"];
-
 /// The fields of a configuration that will have no effect.
 #[must_use]
 pub fn unhonoured(config: &Value) -> Vec<Unhonoured> {
     let mut found = Vec::new();
     walk(config, "", "", &mut found);
-    for (index, mount) in config["mounts"].as_array().into_iter().flatten().enumerate() {
-        for option in mount["options"].as_array().into_iter().flatten().filter_map(Value::as_str) {
-            if IDMAP.contains(&option) {
-                found.push(Unhonoured { field: format!("mounts[{index}].options: {option}"), reason: NOT_YET });
-            }
-        }
-    }
     found
 }
 
@@ -227,13 +216,7 @@ mod tests {
                        "namespaces": [{ "type": "network", "path": "/run/netns/x" }] },
             "freebsd": { "jail": 1 },
         });
-        let mut expected = [
-            "process.apparmorProfile",
-            "mounts[1].uidMappings",
-            "mounts[1].options: idmap",
-            "linux.resources.memory.kernel",
-            "freebsd",
-        ];
+        let mut expected = ["process.apparmorProfile", "linux.resources.memory.kernel", "freebsd"];
         let mut named = fields(&config);
         named.sort_unstable();
         expected.sort_unstable();

@@ -5,6 +5,7 @@
 mod cgroup;
 mod code;
 mod files;
+mod idmap;
 mod limits;
 mod mounts;
 mod namespaces;
@@ -15,6 +16,7 @@ mod users;
 pub use cgroup::Cgroup;
 pub use code::let_go_of_code;
 pub use files::{FileKind, identity, may_use_directory, open_shared, scratch_file, system_message};
+pub use idmap::{IdMap, IdRange};
 pub use limits::raise_open_files;
 pub use mounts::{attach_inside, change_root, clone_tree, make_read_only, new_proc, receive_mounts_only};
 pub use namespaces::{enter_new_namespaces, is_own_network, join_namespace, open_namespace, run_in_namespaces_of};

@@ -11,6 +11,7 @@ mod docker;
 mod failing;
 mod guest;
 mod hostile;
+mod idmap;
 mod leftovers;
 mod manifest;
 mod network;
@@ -79,6 +80,7 @@ pub fn cases(long: bool) -> Vec<Case> {
     let first: &[Table] = &[boot::CASES, agent::CASES, snapshot::CASES, network::CASES];
     let last: &[Table] = &[
         oci::CASES,
+        idmap::CASES,
         podman::CASES,
         docker::CASES,
         beside::CASES,
