@@ -7,6 +7,7 @@ mod agent;
 mod beside;
 mod boot;
 mod context;
+mod crio;
 mod docker;
 mod failing;
 mod guest;
@@ -83,6 +84,7 @@ pub fn cases(long: bool) -> Vec<Case> {
         idmap::CASES,
         podman::CASES,
         docker::CASES,
+        crio::CASES,
         beside::CASES,
         failing::CASES,
         hostile::CASES,
