@@ -31,7 +31,8 @@ fn podman(context: &Context) -> Result<Verdict> {
     let traces = Traces::with_state(Path::new("/nonexistent"), &home.join("run/katavm"));
     let output = script(
         context,
-        "cat >tried <<'END'
+        "[ -e /etc/resolv.conf ] || echo 'nameserver 192.0.2.1' >/etc/resolv.conf # Podman wants one
+         cat >tried <<'END'
 podman() { command podman --runtime $HOME/bin/katavm \"$@\"; }
 tar -C rootfs -c . | podman import - bb >import 2>&1
 podman run --rm bb sh -c 'uname -r; id -u; exit 7' || echo code $?
@@ -40,8 +41,9 @@ mkdir volume; echo mine >volume/file
 podman run --rm --network none -v $PWD/volume:/v bb sh -c 'stat -c %u:%g /v/file; cat /v/file; mkdir /v/new; chown 33:44 /v/new'
 stat -c %u:%g volume/file volume/new
 serve='trap \"exit 3\" TERM; echo hello >/tmp/index.html; httpd -p 80 -h /tmp; while :; do sleep 1; done'
-podman run -d --name web --network bridge -p 18080:80 bb sh -c \"$serve\" >id
-timeout 90 sh -c 'until curl -fsS -o page -m 20 http://127.0.0.1:18080/ 2>err; do sleep 1; done' || cat err; cat page
+podman run -d --name web --network bridge bb sh -c \"$serve\" >id
+ip=$(podman inspect web --format '{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}')
+podman unshare --rootless-netns timeout 90 sh -c \"until curl -fsS -o page -m 20 http://$ip/; do sleep 1; done\" 2>err; cat page
 podman exec web sh -c 'hostname >/dev/null; echo in exec; exit 4' || echo code $?
 podman stop -t 60 web; podman wait web; podman rm web; podman ps -aq
 END
