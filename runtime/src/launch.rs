@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use nix::sched::CloneFlags;
-use oci_spec::runtime::{LinuxMemory, LinuxNamespace, LinuxNamespaceType, LinuxResources};
+use oci_spec::runtime::{LinuxMemory, LinuxNamespace, LinuxNamespaceType, LinuxResources, Spec};
 use rustix::process::{Pid, geteuid};
 
 use crate::config::{Bundle, ConfigError};
@@ -55,7 +55,7 @@ pub enum LaunchError {
     Cgroup(io::Error),
     /// The stand-in.
     #[error("cannot make the container's stand-in process: {0}")]
-    StandIn(#[source] io::Error),
+    StandIn(io::Error),
 }
 
 /// What the command line says about a sandbox.
@@ -123,6 +123,7 @@ impl Launch {
             true => Cgroup::plan(path, options.systemd_cgroup, id.as_str()).map_err(LaunchError::Cgroup)?,
             false => None,
         };
+        let cgroup = cgroup.filter(|cgroup| host::is_root_of_host() || is_usable(cgroup, &bundle.spec));
         warn_of_limits(&bundle, pod.is_some(), cgroup.is_some());
         Ok(Self { id, bundle, plan, pod, image, console: options.console, cgroup })
     }
@@ -155,7 +156,14 @@ impl Launch {
         let linux = self.bundle.spec.linux().as_ref();
         let limits = host_limits(linux.and_then(|linux| linux.resources().as_ref()), &self.plan.size);
         let entered = cgroup.join(std::process::id()).and_then(|()| cgroup.join(stand_in));
-        entered.and_then(|()| cgroup.limit(&limits)).map_err(LaunchError::Cgroup)
+        match entered.and_then(|()| cgroup.limit(&limits)) {
+            // The user may have got a group, but not each controller.
+            Err(error) if !host::is_root_of_host() => {
+                log::warn!("{error}");
+                Ok(())
+            }
+            entered => entered.map_err(LaunchError::Cgroup),
+        }
     }
 
     /// Moves the stand-in of a container in another's sandbox into its control group, where nothing else of it is: its
@@ -178,7 +186,8 @@ impl Launch {
             true => (self.namespaces()?, Some(self.plan.view.clone())),
             false => (self.no_namespaces()?, None),
         };
-        let plan = standin::Plan { namespaces, view, terminal };
+        let id_maps = view.as_ref().map_or(Ok(Vec::new()), standin::View::id_maps).map_err(LaunchError::StandIn)?;
+        let plan = standin::Plan { namespaces, view, id_maps, terminal };
         let pid = standin::start(plan, theirs).map_err(LaunchError::StandIn)?;
         standin::await_entry(&ours).map_err(LaunchError::StandIn)?;
         let netns = geteuid().is_root().then(|| {
@@ -231,6 +240,22 @@ impl Launch {
         }
         Ok(result)
     }
+}
+
+/// Whether a rootless engine's user has been given such a control group. Without it the sandbox stays where the engine
+/// is, as with other runtimes; that is told if the host was to enforce something.
+fn is_usable(cgroup: &Cgroup, spec: &Spec) -> bool {
+    let Err(error) = cgroup.is_delegated() else { return true };
+    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    let level = match resources.is_some_and(|resources| resources.block_io().is_some()) {
+        true => log::Level::Warn,
+        false => log::Level::Info,
+    };
+    log::log!(
+        level,
+        "the sandbox gets no control group on the host, so that linux.resources.blockIO has no effect: {error}"
+    );
+    false
 }
 
 /// Memory of a sandbox beside the guest's RAM: the process itself and what the host's kernel keeps for it.

@@ -80,11 +80,15 @@ impl Membership {
 pub fn shared_namespaces(root: &StateRoot, id: &Id, spec: &Spec) -> Result<SharedNamespaces, MembershipError> {
     warn_of_others(spec);
     let mut shared = SharedNamespaces::new();
+    // CRI-O pins a pod's namespaces before there is a container in them; the first one's in the guest stand for them.
+    let is_first =
+        spec.annotations().as_ref().is_some_and(|all| all.get(CONTAINER_TYPE).is_some_and(|it| it == "sandbox"));
     let files = [(LinuxNamespaceType::Ipc, "ipc"), (LinuxNamespaceType::Uts, "uts"), (LinuxNamespaceType::Pid, "pid")];
     for (kind, file) in files {
         let Some(path) = namespace(spec, kind) else { continue };
         match owner(root, path, file, Some(id))? {
             Some(found) => drop(shared.insert(kind, found.record.id)),
+            None if is_first => {}
             None => log::warn!(
                 "config.json: linux.namespaces: the {kind} namespace {} is no other container's: a container in a \
                  virtual machine cannot join one of the host, and gets one of its own",

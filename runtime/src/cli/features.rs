@@ -22,7 +22,7 @@ pub fn features() -> anyhow::Result<u8> {
             "apparmor": { "enabled": false },
             "selinux": { "enabled": false },
             "intelRdt": { "enabled": false },
-            "mountExtensions": { "idmap": { "enabled": false } },
+            "mountExtensions": { "idmap": { "enabled": true } },
         },
         "annotations": { "io.katavm.version": env!("CARGO_PKG_VERSION") },
     });

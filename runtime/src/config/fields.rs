@@ -20,8 +20,6 @@ pub enum Fate {
 }
 use Fate::{Both, Guest, Host, Ignored, Nothing, Parts, Refused};
 
-/// Why identity-mapped mounts are ignored.
-pub const NOT_YET: &str = "not implemented yet";
 const CGROUP_V1: &str = "the guest has cgroup v2 only, which has no such setting";
 const NO_LSM: &str = "the guest's kernel has no such security module; the virtual machine is the boundary";
 const HOST_NODES: &str = "it names memory nodes of the host; the guest has its own";
@@ -96,8 +94,8 @@ pub const TABLE: &[(&str, Fate)] = &[
          a socket, a named pipe or another device is refused")),
     ("mounts[].options", Both(
         "in the guest, and `ro` on the host as well; `tmpcopyup` is done in the guest; `idmap` and `ridmap` are ignored, with a warning")),
-    ("mounts[].uidMappings", Ignored(NOT_YET)),
-    ("mounts[].gidMappings", Ignored(NOT_YET)),
+    ("mounts[].uidMappings", Host("the directory or file is mounted with this map, where its file system can; other kinds of mounts are refused")),
+    ("mounts[].gidMappings", Host("likewise")),
     ("hooks", Parts),
     ("hooks.prestart", Host("run before the virtual machine boots")),
     ("hooks.createRuntime", Host("run before the virtual machine boots")),

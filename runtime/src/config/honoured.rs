@@ -7,7 +7,7 @@ use std::fmt;
 
 use serde_json::Value;
 
-use super::fields::{Fate, NOT_YET, TABLE};
+use super::fields::{Fate, TABLE};
 
 /// A field that was given and will have no effect.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,21 +26,11 @@ impl fmt::Display for Unhonoured {
 
 const UNKNOWN: &str = "unknown field";
 
-/// Mount options that mean an identity-mapped mount.
-const IDMAP: [&str; 2] = ["idmap", "ridmap"];
-
 /// The fields of a configuration that will have no effect.
 #[must_use]
 pub fn unhonoured(config: &Value) -> Vec<Unhonoured> {
     let mut found = Vec::new();
     walk(config, "", "", &mut found);
-    for (index, mount) in config["mounts"].as_array().into_iter().flatten().enumerate() {
-        for option in mount["options"].as_array().into_iter().flatten().filter_map(Value::as_str) {
-            if IDMAP.contains(&option) {
-                found.push(Unhonoured { field: format!("mounts[{index}].options: {option}"), reason: NOT_YET });
-            }
-        }
-    }
     found
 }
 
@@ -109,8 +99,6 @@ mod tests {
         });
         let mut expected = [
             "process.apparmorProfile",
-            "mounts[1].uidMappings",
-            "mounts[1].options: idmap",
             "linux.resources.memory.kernel",
             "linux.resources.blockIO.leafWeight",
             "freebsd",

@@ -12,8 +12,13 @@ use libcgroups::common::{
 use libcgroups_nix::unistd::Pid;
 use oci_spec::runtime::LinuxResources;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{Access, AtFlags, CWD, accessat};
 use serde::{Deserialize, Serialize};
 
+use super::users::is_root_of_host;
+
+/// Where cgroup v2 is.
+const ROOT: &str = "/sys/fs/cgroup";
 /// How long killed processes may take to end.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -27,6 +32,9 @@ pub struct Cgroup {
     systemd: bool,
     /// The container's id, which systemd shows.
     id: String,
+    /// Where the process was that planned it, from the root of cgroup v2.
+    #[serde(default)]
+    origin: PathBuf,
 }
 
 impl Cgroup {
@@ -53,7 +61,30 @@ impl Cgroup {
             Some(path) => own()?.join(path),
             None => own()?.parent().unwrap_or(Path::new("/")).join(id),
         };
-        Ok(Some(Self { path, systemd, id: id.into() }))
+        Ok(Some(Self { path, systemd, id: id.into(), origin: own()? }))
+    }
+
+    /// Whether this process can make it and move processes into it: root of a user namespace can where the host's root
+    /// or the user's systemd has delegated a part of the tree to the user.
+    ///
+    /// # Errors
+    /// What is missing.
+    pub fn is_delegated(&self) -> io::Result<()> {
+        if self.systemd {
+            // Asks the user's systemd for its part of the tree.
+            return self.manager().map(drop);
+        }
+        let path = self.folder();
+        let there = path.ancestors().find(|folder| folder.exists()).unwrap_or(Path::new(ROOT));
+        let access = |path: &Path| accessat(CWD, path, Access::WRITE_OK, AtFlags::EACCESS);
+        let refused = |error| {
+            let reason = format!("{} does not belong to this user: {error}", there.display());
+            io::Error::new(io::ErrorKind::PermissionDenied, reason)
+        };
+        // Moving a process takes a right at the folder which has both groups below it (cgroups(7), "Delegation").
+        let common = folder_of(&self.origin).ancestors().find(|folder| path.starts_with(folder)).map(Path::to_owned);
+        let common = common.unwrap_or_else(|| ROOT.into()).join("cgroup.procs");
+        access(there).and_then(|()| access(&common)).map_err(refused)
     }
 
     /// Moves a process into it, and makes it before where it is missing.
@@ -87,8 +118,10 @@ impl Cgroup {
     /// What the kernel or systemd refuses.
     pub fn remove(&self) -> io::Result<()> {
         if self.holds(&own()?) {
-            // The root is the one group that takes processes whatever is below it (cgroups(7)).
-            fs::write("/sys/fs/cgroup/cgroup.procs", std::process::id().to_string())?;
+            // The root is the one group that takes processes whatever is below it (cgroups(7)). A user's process can
+            // go back to where it came from.
+            let to = if is_root_of_host() { ROOT.into() } else { folder_of(&self.origin) };
+            fs::write(to.join("cgroup.procs"), std::process::id().to_string())?;
         }
         if !self.systemd {
             self.empty()?;
@@ -119,9 +152,9 @@ impl Cgroup {
         }
     }
 
-    /// Its folder, unless systemd has made it.
+    /// Its folder, if it is not systemd's.
     fn folder(&self) -> PathBuf {
-        Path::new("/sys/fs/cgroup").join(self.path.strip_prefix("/").unwrap_or(&self.path))
+        folder_of(&self.path)
     }
 
     /// Whether a group, from the root of cgroup v2, is this one or in it.
@@ -185,6 +218,11 @@ fn set_io_weight(resources: &mut LinuxResources) {
     resources.set_unified(Some(unified));
 }
 
+/// The folder of a group.
+fn folder_of(group: &Path) -> PathBuf {
+    Path::new(ROOT).join(group.strip_prefix("/").unwrap_or(group))
+}
+
 /// This process' own, from the root of cgroup v2.
 fn own() -> io::Result<PathBuf> {
     let text = fs::read_to_string("/proc/self/cgroup")?;
@@ -197,7 +235,7 @@ mod tests {
     use super::*;
 
     fn cgroup(path: &str, systemd: bool) -> Cgroup {
-        Cgroup { path: path.into(), systemd, id: "c1".into() }
+        Cgroup { path: path.into(), systemd, id: "c1".into(), origin: "/".into() }
     }
 
     #[test]

@@ -40,14 +40,20 @@ pub fn make_read_only(tree: &OwnedFd) -> io::Result<()> {
         propagation: 0,
         userns_fd: 0,
     };
+    set_attributes(tree, &attributes, true)
+}
+
+/// Changes a detached tree, or its topmost mount only (mount_setattr(2)).
+pub(super) fn set_attributes(tree: &OwnedFd, attributes: &libc::mount_attr, recursive: bool) -> io::Result<()> {
+    let below = if recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the empty path is a C string, the structure is valid for the size that is told, and both outlive the call.
     let result = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
             std::os::fd::AsRawFd::as_raw_fd(tree),
             c"".as_ptr(),
-            libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
-            &raw const attributes,
+            libc::AT_EMPTY_PATH | below,
+            std::ptr::from_ref(attributes),
             size_of::<libc::mount_attr>(),
         )
     };

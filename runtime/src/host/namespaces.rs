@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
@@ -11,22 +11,6 @@ use nix::sched::{CloneFlags, setns, unshare};
 use rustix::fs::{Mode, OFlags, open};
 
 use super::files::identity;
-use super::processes::{Fork, fork};
-
-/// Forks like [`fork`], the child being the first process of a pid namespace of its own (`CLONE_NEWPID`).
-///
-/// # Errors
-/// Those of unshare(2), fork(2) and setns(2); `EPERM` without CAP_SYS_ADMIN.
-pub fn fork_into_pid_namespace() -> io::Result<Fork> {
-    let own = open("/proc/self/ns/pid", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
-    // Concerns children only; a second process of the new namespace must not be made by accident.
-    unshare(CloneFlags::CLONE_NEWPID)?;
-    let forked = fork();
-    if !matches!(forked, Ok(Fork::Child)) {
-        setns(own.as_fd(), CloneFlags::CLONE_NEWPID)?;
-    }
-    forked
-}
 
 /// Opens a namespace by its file.
 ///

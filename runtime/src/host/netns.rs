@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use nix::errno::Errno;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
+const TUN: &str = "/dev/net/tun";
 // From <linux/if_tun.h>.
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
 const IFF_TAP: libc::c_short = 0x0002;
@@ -36,7 +37,11 @@ pub fn in_network_namespace<T: Send>(netns: impl AsFd, work: impl FnOnce() -> T 
 /// # Errors
 /// Those of open(2) and of TUNSETIFF. `InvalidInput` for a name that no interface can have.
 pub fn make_tap(name: &str) -> io::Result<(OwnedFd, String)> {
-    let tun: OwnedFd = OpenOptions::new().read(true).write(true).open("/dev/net/tun")?.into();
+    let tun = OpenOptions::new().read(true).write(true).open(TUN).map_err(|error| match error.kind() {
+        io::ErrorKind::PermissionDenied => io::Error::new(error.kind(), format!("no permission to open {TUN}")),
+        _ => error,
+    })?;
+    let tun = OwnedFd::from(tun);
     // SAFETY: an all-zero ifreq is a valid value of it: plain integers and byte arrays.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     if name.len() >= request.ifr_name.len() {

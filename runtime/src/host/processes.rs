@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, signal};
 use nix::unistd::ForkResult;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -23,9 +24,7 @@ pub enum Fork {
 /// # Errors
 /// Those of fork(2), and `Other` when the process has more than one thread.
 pub fn fork() -> io::Result<Fork> {
-    if std::fs::read_dir("/proc/self/task")?.count() != 1 {
-        return Err(io::Error::other("a process with several threads must not fork"));
-    }
+    expect_one_thread()?;
     // SAFETY: there is no other thread whose locks the child could find taken.
     match unsafe { nix::unistd::fork() }? {
         ForkResult::Parent { child } => {
@@ -33,6 +32,32 @@ pub fn fork() -> io::Result<Fork> {
             Ok(Fork::Parent(pid))
         }
         ForkResult::Child => Ok(Fork::Child),
+    }
+}
+
+/// Forks like [`fork`], the child being the first process of a pid namespace of its own (`CLONE_NEWPID`).
+///
+/// By clone(2) and not by unshare(2), the way back from which takes a right in the pid namespace that this process is
+/// in: root of a user namespace has none.
+///
+/// # Errors
+/// Those of clone(2), `EPERM` without CAP_SYS_ADMIN; `Other` when the process has more than one thread.
+pub fn fork_into_pid_namespace() -> io::Result<Fork> {
+    expect_one_thread()?;
+    let flags = libc::CLONE_NEWPID | libc::SIGCHLD;
+    // SAFETY: without CLONE_VM and a stack it is fork(2), with zeroes for the ids that are not asked for; there is no
+    // other thread whose locks the child could find taken, and nothing here has registered what is to run at a fork.
+    let pid = Errno::result(unsafe { libc::syscall(libc::SYS_clone, libc::c_long::from(flags), 0, 0, 0, 0) })?;
+    match i32::try_from(pid).ok().and_then(Pid::from_raw) {
+        Some(child) => Ok(Fork::Parent(child)),
+        None => Ok(Fork::Child),
+    }
+}
+
+fn expect_one_thread() -> io::Result<()> {
+    match std::fs::read_dir("/proc/self/task")?.count() {
+        1 => Ok(()),
+        _ => Err(io::Error::other("a process with several threads must not fork")),
     }
 }
 

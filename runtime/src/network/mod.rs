@@ -44,7 +44,7 @@ pub enum NetworkError {
     Socket(#[source] io::Error),
     /// No tap.
     #[error("cannot make a tap interface (the module tun and CAP_NET_ADMIN are needed): {0}")]
-    Tap(#[source] io::Error),
+    Tap(io::Error),
     /// The interface has no Ethernet frames.
     #[error("the interface {0} does not carry Ethernet frames and cannot be plugged into a guest")]
     NoEthernet(String),

@@ -5,11 +5,11 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use katavm_protocol::CONTAINER;
-use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
+use oci_spec::runtime::{LinuxIdMapping, LinuxNamespaceType, Mount, Spec};
 
 use super::size::{MemorySize, Size, SizeError};
 use crate::config::Bundle;
-use crate::host::{self, FileKind, system_message};
+use crate::host::{self, FileKind, IdMap, IdRange, system_message};
 use crate::limits;
 use crate::standin::{View, Volume};
 use crate::state::Id;
@@ -57,6 +57,14 @@ pub enum PlanError {
         /// What it is.
         kind: &'static str,
     },
+    /// An identity-mapped mount that cannot be.
+    #[error("mounts[{index}]: cannot be identity-mapped (uidMappings, gidMappings, idmap, ridmap): {reason}")]
+    IdMap {
+        /// Which mount.
+        index: usize,
+        /// Why not.
+        reason: &'static str,
+    },
     /// A bind mount without a source.
     #[error("mounts[{0}]: a bind mount needs a source")]
     NoSource(usize),
@@ -74,6 +82,8 @@ pub struct Export {
     pub path: PathBuf,
     /// Whether the guest may not change it.
     pub read_only: bool,
+    /// Whose its files seem to be to the guest.
+    pub id_map: Option<IdMap>,
 }
 
 /// Everything that is decided beforehand.
@@ -118,14 +128,21 @@ impl Plan {
         if let Some(root) = spec.root_mut() {
             root.set_path(Path::new(SHARED).join(&rootfs));
         }
-        let mut exports = vec![Export { name: rootfs, path: bundle.rootfs.clone(), read_only: false }];
+        let mut exports = vec![Export { name: rootfs, path: bundle.rootfs.clone(), read_only: false, id_map: None }];
         if let Some(mounts) = spec.mounts_mut() {
             for (index, mount) in mounts.iter_mut().enumerate() {
-                if let Some(export) = share(id, mount, index, &bundle.path)? {
+                let id_map = id_map(mount, index, &bundle.spec)?;
+                let export = share(id, mount, index, &bundle.path)?;
+                if export.is_none() && id_map.is_some() {
+                    let reason = "it is no directory or file of the host that is bind-mounted";
+                    return Err(PlanError::IdMap { index, reason });
+                }
+                if let Some(export) = export.map(|export| Export { id_map, ..export }) {
                     volumes.push(Volume {
                         source: export.path.clone(),
                         destination: mount.destination().clone(),
                         read_only: export.read_only,
+                        id_map: export.id_map.clone(),
                     });
                     exports.push(export);
                 }
@@ -135,6 +152,34 @@ impl Plan {
         strip(&mut spec, shared);
         let terminal = spec.process().as_ref().and_then(|process| process.terminal()).unwrap_or_default();
         Ok(Self { size, exports, guest_spec: serde_json::to_vec(&spec)?, terminal, view })
+    }
+}
+
+/// Whose the files of a mount shall seem to be: by maps of its own, or by those of the container's user namespace.
+fn id_map(mount: &Mount, index: usize, spec: &Spec) -> Result<Option<IdMap>, PlanError> {
+    let has = |option: &str| mount.options().iter().flatten().any(|other| other == option);
+    let (users, groups) = (mount.uid_mappings(), mount.gid_mappings());
+    if users.is_none() && groups.is_none() && !has("idmap") && !has("ridmap") {
+        return Ok(None);
+    }
+    let of_container = spec.linux().as_ref();
+    let (users, groups) = match (users, groups) {
+        (None, None) => (
+            of_container.and_then(|linux| linux.uid_mappings().as_ref()),
+            of_container.and_then(|linux| linux.gid_mappings().as_ref()),
+        ),
+        own => (own.0.as_ref(), own.1.as_ref()),
+    };
+    let ranges = |mappings: &Vec<LinuxIdMapping>| {
+        let range =
+            |map: &LinuxIdMapping| IdRange { inside: map.container_id(), outside: map.host_id(), size: map.size() };
+        mappings.iter().map(range).collect::<Vec<_>>()
+    };
+    match (users.map(ranges).unwrap_or_default(), groups.map(ranges).unwrap_or_default()) {
+        (users, groups) if !users.is_empty() && !groups.is_empty() => {
+            Ok(Some(IdMap { users, groups, recursive: has("ridmap") }))
+        }
+        _ => Err(PlanError::IdMap { index, reason: "there is not both a map of users and one of groups" }),
     }
 }
 
@@ -158,7 +203,7 @@ fn share(id: &Id, mount: &mut Mount, index: usize, bundle: &Path) -> Result<Opti
             let name = format!("{id}.mount-{index}");
             let read_only = has("ro") || has("rro");
             mount.set_source(Some(Path::new(SHARED).join(&name)));
-            Ok(Some(Export { name, path, read_only }))
+            Ok(Some(Export { name, path, read_only, id_map: None }))
         }
         FileKind::CharacterDevice(major, minor) => {
             let standard = STANDARD_DEVICES.iter().find(|(a, b, _)| (*a, *b) == (major, minor));

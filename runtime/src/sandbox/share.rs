@@ -1,6 +1,7 @@
 //! The files of the host that the guest sees.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use katavm_devices::fs::{ExportOptions, FsShare};
@@ -33,12 +34,21 @@ impl Exports {
         let mut added = Self { share: share.clone(), names: Vec::with_capacity(exports.len()) };
         for export in exports {
             let options = ExportOptions { read_only: export.read_only, ..ExportOptions::default() };
-            let put = host::open_shared(&export.path).and_then(|(fd, _)| share.add_export(&export.name, fd, options));
+            let put = open(export).and_then(|fd| share.add_export(&export.name, fd, options));
             put.map_err(|error| ShareError { path: export.path.clone(), error })?;
             added.names.push(export.name.clone());
         }
         Ok(added)
     }
+}
+
+fn open(export: &Export) -> io::Result<OwnedFd> {
+    let Some(id_map) = &export.id_map else { return Ok(host::open_shared(&export.path)?.0) };
+    let tree = host::clone_tree(&export.path)?;
+    let refused =
+        |error: io::Error| io::Error::new(error.kind(), format!("its file system cannot be identity-mapped: {error}"));
+    id_map.apply(&tree).map_err(refused)?;
+    Ok(tree)
 }
 
 impl Drop for Exports {
@@ -55,7 +65,7 @@ mod tests {
 
     #[test]
     fn what_is_gone_is_named() {
-        let export = Export { name: "rootfs".into(), path: "/nowhere".into(), read_only: false };
+        let export = Export { name: "rootfs".into(), path: "/nowhere".into(), read_only: false, id_map: None };
         let error = Exports::add(&FsShare::new(), &[export]).err().map(|error| error.to_string()).unwrap();
         assert!(error.starts_with("cannot share /nowhere with the guest: No such file"), "{error}");
     }
@@ -65,7 +75,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("file");
         std::fs::write(&file, "x").unwrap();
-        let export = |name: &str, path| Export { name: name.into(), path, read_only: true };
+        let export = |name: &str, path| Export { name: name.into(), path, read_only: true, id_map: None };
         let exports = [export("d", dir.path().to_owned()), export("f", file)];
         let share = FsShare::new();
         let added = Exports::add(&share, &exports).unwrap();

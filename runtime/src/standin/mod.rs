@@ -46,6 +46,8 @@ pub struct Plan {
     pub namespaces: Namespaces,
     /// What it sees of the container's files; nothing for a further process of a container.
     pub view: Option<View>,
+    /// The view's [id maps](View::id_maps).
+    pub id_maps: Vec<OwnedFd>,
     /// The terminal that it watches the size of: it becomes the leader of the terminal's session.
     pub terminal: Option<OwnedFd>,
 }
@@ -65,6 +67,7 @@ pub fn start(plan: Plan, link: OwnedFd) -> io::Result<Pid> {
             log::set_max_level(log::LevelFilter::Off);
             let mut kept = vec![link.as_fd()];
             kept.extend(plan.terminal.as_ref().map(AsFd::as_fd));
+            kept.extend(plan.id_maps.iter().map(AsFd::as_fd));
             kept.extend(plan.namespaces.joined.iter().map(AsFd::as_fd));
             host::detach(&kept);
             host::exit_now(stand(plan, &link))
@@ -87,7 +90,7 @@ fn stand(plan: Plan, link: &OwnedFd) -> u8 {
     let prepared = prepare(plan.namespaces, plan.terminal.as_ref());
     let entered = prepared.as_ref().map(drop).map_err(ToString::to_string);
     match (link::send(link, &FromStandIn::Entered(entered), &[]), prepared) {
-        (Ok(()), Ok(signals)) => serve(plan.view, link, &signals).unwrap_or(KILLED),
+        (Ok(()), Ok(signals)) => serve(plan.view, &plan.id_maps, link, &signals).unwrap_or(KILLED),
         _ => KILLED,
     }
 }
@@ -110,7 +113,7 @@ fn prepare(namespaces: Namespaces, terminal: Option<&OwnedFd>) -> io::Result<Sig
 }
 
 /// Passes signals on until the container's process has ended; its status.
-fn serve(mut view: Option<View>, link: &OwnedFd, signals: &Signals) -> io::Result<u8> {
+fn serve(mut view: Option<View>, id_maps: &[OwnedFd], link: &OwnedFd, signals: &Signals) -> io::Result<u8> {
     loop {
         let mut fds = [PollFd::new(link, PollFlags::IN), PollFd::from_borrowed_fd(signals.as_fd(), PollFlags::IN)];
         match poll(&mut fds, None) {
@@ -124,7 +127,8 @@ fn serve(mut view: Option<View>, link: &OwnedFd, signals: &Signals) -> io::Resul
         if heard {
             match link::receive(link)? {
                 Some((ToStandIn::Made, _)) => {
-                    let settled = view.take().map_or(Ok(()), View::take_up).map_err(|error| error.to_string());
+                    let settled =
+                        view.take().map_or(Ok(()), |view| view.take_up(id_maps)).map_err(|error| error.to_string());
                     link::send(link, &FromStandIn::Settled(settled), &[])?;
                     // Waiting takes next to none of it.
                     let _ = host::let_go_of_code();

@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use crate::host;
+use crate::host::{self, IdMap};
 
 /// A bind mount of the container.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,6 +18,8 @@ pub struct Volume {
     pub destination: PathBuf,
     /// Whether the container may not write to it.
     pub read_only: bool,
+    /// Whose its files seem to be.
+    pub id_map: Option<IdMap>,
 }
 
 /// What a stand-in sees.
@@ -30,24 +32,36 @@ pub struct View {
 }
 
 impl View {
+    /// The user namespaces that the identity-mapped volumes are mapped by, in the order of these. They are made in the
+    /// namespaces of the host: a process can write the maps of one that it knows by its pid in /proc.
+    ///
+    /// # Errors
+    /// Those of [`IdMap::namespace`].
+    pub fn id_maps(&self) -> io::Result<Vec<OwnedFd>> {
+        self.volumes.iter().filter_map(|volume| volume.id_map.as_ref()).map(IdMap::namespace).collect()
+    }
+
     /// Makes it the calling process' root. The process must have a mount namespace of its own.
     ///
     /// # Errors
     /// Which step failed.
-    pub fn take_up(self) -> io::Result<()> {
+    pub fn take_up(self, id_maps: &[OwnedFd]) -> io::Result<()> {
         let root = self.step("clone", host::clone_tree(&self.rootfs))?;
         let mut volumes = Vec::with_capacity(self.volumes.len());
+        let mut id_maps = id_maps.iter();
         for volume in &self.volumes {
-            volumes.push((self.step("clone", volume.open())?, volume));
+            let namespace = volume.id_map.as_ref().and_then(|_| id_maps.next());
+            volumes.push((self.step("clone", volume.open(namespace))?, volume));
         }
-        let proc = self.step("mount proc for", host::new_proc())?;
+        // Root of a user namespace may mount one only where the engine's is whole.
+        let proc = host::new_proc();
         // Any directory will do for the moment: the namespace is this process' alone.
         self.step("change to", host::change_root(&root, Path::new("/proc")))?;
         for (tree, volume) in volumes {
             volume.attach(&tree, &root);
         }
         // A root file system without /proc is possible.
-        if let Err(error) = host::attach_inside(&proc, &root, Path::new("proc")) {
+        if let Err(error) = proc.and_then(|proc| host::attach_inside(&proc, &root, Path::new("proc"))) {
             log::debug!("no /proc for the stand-in: {error}");
         }
         Ok(())
@@ -60,8 +74,11 @@ impl View {
 }
 
 impl Volume {
-    fn open(&self) -> io::Result<OwnedFd> {
+    fn open(&self, namespace: Option<&OwnedFd>) -> io::Result<OwnedFd> {
         let tree = host::clone_tree(&self.source)?;
+        if let (Some(id_map), Some(namespace)) = (&self.id_map, namespace) {
+            id_map.set(&tree, namespace)?;
+        }
         if self.read_only {
             host::make_read_only(&tree)?;
         }

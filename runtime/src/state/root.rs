@@ -9,19 +9,24 @@ use std::path::{Path, PathBuf};
 use rustix::process::geteuid;
 
 use super::{StateError, failed};
-use crate::host::system_message;
+use crate::host::{is_root_of_host, system_message};
 
 /// `/run/katavm` for root, `$XDG_RUNTIME_DIR/katavm` for others, `/tmp/katavm-UID` where that is not set.
+///
+/// Root of a user namespace may be some user's, as under a rootless engine, whose runtime folder it has then; or that of
+/// a whole system.
 #[must_use]
 pub fn default_root() -> PathBuf {
-    choose(geteuid().as_raw(), env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from))
+    choose(geteuid().as_raw(), is_root_of_host(), env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from))
 }
 
-fn choose(uid: u32, runtime_dir: Option<PathBuf>) -> PathBuf {
-    match runtime_dir {
-        _ if uid == 0 => "/run/katavm".into(),
-        Some(dir) if dir.is_absolute() => dir.join("katavm"),
-        _ => format!("/tmp/katavm-{uid}").into(),
+fn choose(uid: u32, of_host: bool, runtime_dir: Option<PathBuf>) -> PathBuf {
+    let users =
+        runtime_dir.filter(|dir| dir.is_absolute() && !of_host && (uid != 0 || dir != Path::new("/run/user/0")));
+    match users {
+        Some(dir) => dir.join("katavm"),
+        None if uid == 0 => "/run/katavm".into(),
+        None => format!("/tmp/katavm-{uid}").into(),
     }
 }
 
@@ -52,10 +57,15 @@ mod tests {
 
     #[test]
     fn users_have_a_root_of_their_own() {
-        assert_eq!(choose(0, Some("/run/user/0".into())), Path::new("/run/katavm"));
-        assert_eq!(choose(1000, Some("/run/user/1000".into())), Path::new("/run/user/1000/katavm"));
-        assert_eq!(choose(1000, Some("relative".into())), Path::new("/tmp/katavm-1000"));
-        assert_eq!(choose(1000, None), Path::new("/tmp/katavm-1000"));
+        for (of_host, dir) in [(true, "/run/user/0"), (true, "/run/user/1000"), (false, "/run/user/0")] {
+            assert_eq!(choose(0, of_host, Some(dir.into())), Path::new("/run/katavm"));
+        }
+        assert_eq!(choose(0, false, None), Path::new("/run/katavm"));
+        for uid in [0, 1000] {
+            assert_eq!(choose(uid, false, Some("/run/user/1000".into())), Path::new("/run/user/1000/katavm"));
+        }
+        assert_eq!(choose(1000, false, Some("relative".into())), Path::new("/tmp/katavm-1000"));
+        assert_eq!(choose(1000, false, None), Path::new("/tmp/katavm-1000"));
     }
 
     #[test]

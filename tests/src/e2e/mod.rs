@@ -7,10 +7,12 @@ mod agent;
 mod beside;
 mod boot;
 mod context;
+mod crio;
 mod docker;
 mod failing;
 mod guest;
 mod hostile;
+mod idmap;
 mod leftovers;
 mod limits;
 mod manifest;
@@ -20,10 +22,12 @@ mod podman;
 mod process;
 mod rebuild;
 mod report;
+mod rootless;
 mod run;
 mod shell;
 mod snapshot;
 mod survive;
+mod systemd;
 mod user;
 
 use anyhow::Result;
@@ -51,25 +55,52 @@ pub struct Case {
     pub check: fn(&Context) -> Result<Verdict>,
 }
 
-/// All cases in the order in which they run; `long` ones as well, if they are wanted.
+impl Case {
+    /// As it is told and chosen.
+    #[must_use]
+    pub fn full_name(&self) -> String {
+        format!("{}::{}", self.group, self.name)
+    }
+
+    /// Whether one of `filters` is in its name; without filters all are wanted.
+    #[must_use]
+    pub fn is_wanted(&self, filters: &[String]) -> bool {
+        let name = self.full_name();
+        filters.is_empty() || filters.iter().any(|filter| name.contains(filter))
+    }
+}
+
+/// The cases that take a boot with systemd as PID 1.
+#[must_use]
+pub fn systemd_cases() -> Vec<Case> {
+    rows(&systemd::CASES).collect()
+}
+
+/// All other cases in the order in which they run; `long` ones as well, if they are wanted.
 #[must_use]
 pub fn cases(long: bool) -> Vec<Case> {
     let first: &[Table] = &[boot::CASES, agent::CASES, snapshot::CASES, network::CASES];
     let last: &[Table] = &[
         oci::CASES,
         limits::CASES,
+        idmap::CASES,
         podman::CASES,
         docker::CASES,
+        crio::CASES,
         beside::CASES,
         failing::CASES,
         hostile::CASES,
         survive::CASES,
         user::CASES,
+        rootless::CASES,
     ];
     let long: &[Table] = if long { &[failing::LONG, hostile::LONG, survive::LONG, run::LONG_TABLES[0]] } else { &[] };
     let tables = first.iter().chain(long).chain(&run::TABLES).chain(last);
-    let cases = tables.flat_map(|(group, rows)| rows.iter().map(move |(name, check)| (group, name, check)));
-    cases.map(|(group, name, check)| Case { group, name, check: *check }).collect()
+    tables.flat_map(rows).collect()
+}
+
+fn rows((group, rows): &'static Table) -> impl Iterator<Item = Case> {
+    rows.iter().map(move |(name, check)| Case { group, name, check: *check })
 }
 
 /// A group of cases: its name and its rows.

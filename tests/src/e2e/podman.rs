@@ -23,7 +23,7 @@ pub const CASES: Table = (
 );
 
 /// Podman with an image of the case's root file system; `podman` in a script runs containers by katavm.
-fn podman(context: &Context, text: &str) -> Result<String> {
+pub(super) fn podman(context: &Context, text: &str) -> Result<String> {
     super::agent::rootfs(context)?;
     let prelude = "podman() { command podman --runtime $(command -v katavm) \"$@\"; }
         rootfs/bin/busybox --install rootfs/bin 2>/dev/null || true

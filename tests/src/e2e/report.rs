@@ -18,8 +18,8 @@ pub fn run(cases: &[Case], filters: &[String], out: &mut impl Write) -> Result<b
     let (mut passed, mut failed, mut skipped) = (0, Vec::new(), 0);
     let mut group = ("", Rc::default());
     for case in cases {
-        let name = format!("{}::{}", case.group, case.name);
-        if !filters.is_empty() && !filters.iter().any(|filter| name.contains(filter)) {
+        let name = case.full_name();
+        if !case.is_wanted(filters) {
             continue;
         }
         if group.0 != case.group {

@@ -25,14 +25,14 @@ const LIMIT: Duration = Duration::from_secs(240);
 const KVM: &str = "/dev/kvm";
 
 /// `/dev/kvm` as it was, when this is dropped.
-struct KvmAccess {
+pub(super) struct KvmAccess {
     before: Option<(u32, u32)>,
     group: u32,
 }
 
 impl KvmAccess {
     /// The group that may open it; in the lab it gets one if it has none.
-    fn grant() -> Result<Option<Self>> {
+    pub(super) fn grant() -> Result<Option<Self>> {
         let device = fs::metadata(KVM)?;
         if device.gid() != 0 && device.mode() & 0o060 == 0o060 {
             return Ok(Some(Self { before: None, group: device.gid() }));
@@ -44,6 +44,11 @@ impl KvmAccess {
         chown(KVM, None, Some(access.group))?;
         fs::set_permissions(KVM, fs::Permissions::from_mode(0o660))?;
         Ok(Some(access))
+    }
+
+    /// That group.
+    pub(super) fn group(&self) -> u32 {
+        self.group
     }
 }
 
@@ -154,10 +159,8 @@ fn prepare(context: &Context) -> Result<PathBuf> {
     for file in ["vmlinux", "initramfs"] {
         fs::copy(context.image(file)?, home.join("image").join(file))?;
     }
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let program = std::env::split_paths(&path).map(|folder| folder.join("katavm")).find(|file| file.is_file());
-    fs::copy(program.context("no katavm in PATH")?, home.join("katavm"))?;
-    give(&home)?;
+    fs::copy(installed()?, home.join("katavm"))?;
+    give(&home, USER)?;
     fs::set_permissions(context.scratch(), fs::Permissions::from_mode(0o755))?;
     // Root's own, which the user cannot read.
     fs::write(rootfs.join("secret"), "secret")?;
@@ -165,11 +168,19 @@ fn prepare(context: &Context) -> Result<PathBuf> {
     Ok(home)
 }
 
-fn give(path: &Path) -> Result<()> {
-    std::os::unix::fs::lchown(path, Some(USER), Some(USER))?;
+/// The program that is tried.
+pub(super) fn installed() -> Result<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let program = std::env::split_paths(&path).map(|folder| folder.join("katavm")).find(|file| file.is_file());
+    program.context("no katavm in PATH")
+}
+
+/// Makes everything in a folder a user's.
+pub(super) fn give(path: &Path, user: u32) -> Result<()> {
+    std::os::unix::fs::lchown(path, Some(user), Some(user))?;
     if path.symlink_metadata()?.is_dir() {
         for entry in fs::read_dir(path)? {
-            give(&entry?.path())?;
+            give(&entry?.path(), user)?;
         }
     }
     Ok(())
