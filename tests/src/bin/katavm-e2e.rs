@@ -1,26 +1,36 @@
-//! `katavm-e2e [--long | --systemd] [--list] [FILTER...]`: the end-to-end suite. Runs where `/dev/kvm` works: in the lab,
-//! or on real hardware.
-//!
-//! With `--long` it also has the cases that take minutes each under emulation; with `--systemd` it has those that take
-//! systemd as PID 1, and no others. `--list` prints the names of the cases and runs none.
+//! `katavm-e2e`: the end-to-end suite. Runs where `/dev/kvm` works: in the lab, or on real hardware.
 
 use std::process::ExitCode;
 
 use anyhow::Result;
-use katavm_tests::e2e;
+use clap::Parser;
+use katavm_tests::e2e::{self, Boot};
+
+/// Run end-to-end cases.
+#[derive(Parser)]
+#[command(name = "katavm-e2e")]
+struct Cli {
+    /// The cases of this boot alone [default: all but those that take systemd as PID 1]
+    #[arg(long, value_enum)]
+    boot: Option<Boot>,
+    /// Also the cases that take minutes each under emulation
+    #[arg(long)]
+    long: bool,
+    /// Print the names of the cases and run none
+    #[arg(long)]
+    list: bool,
+    /// Only cases with one of these words in their name
+    filters: Vec<String>,
+}
 
 fn main() -> Result<ExitCode> {
     if let Some(code) = e2e::enter() {
         return Ok(code);
     }
-    let (options, filters): (Vec<_>, Vec<_>) =
-        std::env::args().skip(1).partition(|argument| argument.starts_with("--"));
-    let has = |option: &str| options.iter().any(|other| other == option);
-    if let Some(unknown) = options.iter().find(|option| !["--long", "--systemd", "--list"].contains(&option.as_str())) {
-        anyhow::bail!("unknown option {unknown}");
-    }
-    let cases = if has("--systemd") { e2e::systemd_cases() } else { e2e::cases(has("--long")) };
-    if has("--list") {
+    let Cli { boot, long, list, filters } = Cli::parse();
+    let boots = boot.map_or_else(|| vec![Boot::Plain, Boot::Engines], |boot| vec![boot]);
+    let cases: Vec<_> = boots.into_iter().flat_map(|boot| e2e::cases(boot, long)).collect();
+    if list {
         cases.iter().filter(|case| case.is_wanted(&filters)).for_each(|case| println!("{}", case.full_name()));
         return Ok(ExitCode::SUCCESS);
     }

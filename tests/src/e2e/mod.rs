@@ -31,6 +31,7 @@ mod systemd;
 mod user;
 
 use anyhow::Result;
+use clap::ValueEnum;
 
 pub use context::Context;
 pub use guest::Guest;
@@ -70,34 +71,35 @@ impl Case {
     }
 }
 
-/// The cases that take a boot with systemd as PID 1.
-#[must_use]
-pub fn systemd_cases() -> Vec<Case> {
-    rows(&systemd::CASES).collect()
+/// Cases are run in three boots of the lab, of which the first two may run beside each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Boot {
+    /// katavm by itself.
+    Plain,
+    /// katavm under engines and beside other runtimes.
+    Engines,
+    /// What takes systemd as PID 1.
+    Systemd,
 }
 
-/// All other cases in the order in which they run; `long` ones as well, if they are wanted.
+/// The cases of a boot in the order in which they run; `long` ones as well, if they are wanted.
 #[must_use]
-pub fn cases(long: bool) -> Vec<Case> {
-    let first: &[Table] = &[boot::CASES, agent::CASES, snapshot::CASES, network::CASES];
-    let last: &[Table] = &[
-        oci::CASES,
-        limits::CASES,
-        idmap::CASES,
-        podman::CASES,
-        docker::CASES,
-        crio::CASES,
-        beside::CASES,
-        failing::CASES,
-        hostile::CASES,
-        survive::CASES,
-        user::CASES,
-        rootless::CASES,
-    ];
-    let long: &[Table] = if long { &[failing::LONG, hostile::LONG, survive::LONG, run::LONG_TABLES[0]] } else { &[] };
-    let tables = first.iter().chain(long).chain(&run::TABLES).chain(last);
-    tables.flat_map(rows).collect()
+pub fn cases(boot: Boot, long: bool) -> Vec<Case> {
+    let tables: &[&[Table]] = match boot {
+        Boot::Plain if long => {
+            &[FIRST, &[failing::LONG, hostile::LONG, survive::LONG], &run::LONG_TABLES, &run::TABLES, LAST]
+        }
+        Boot::Plain => &[FIRST, &run::TABLES, LAST],
+        Boot::Engines => &[ENGINES],
+        Boot::Systemd => &[&[systemd::CASES]],
+    };
+    tables.iter().copied().flatten().flat_map(rows).collect()
 }
+
+const FIRST: &[Table] = &[boot::CASES, agent::CASES, snapshot::CASES, network::CASES];
+const LAST: &[Table] =
+    &[oci::CASES, limits::CASES, idmap::CASES, failing::CASES, hostile::CASES, survive::CASES, user::CASES];
+const ENGINES: &[Table] = &[podman::CASES, rootless::CASES, docker::CASES, crio::CASES, beside::CASES];
 
 fn rows((group, rows): &'static Table) -> impl Iterator<Item = Case> {
     rows.iter().map(move |(name, check)| Case { group, name, check: *check })
