@@ -128,6 +128,14 @@ impl Launch {
         Ok(Self { id, bundle, plan, pod, image, console: options.console, cgroup })
     }
 
+    /// The same with its stand-in.
+    #[must_use]
+    pub fn recorded(&self, stand_in: Pid) -> Record {
+        let mut record = self.record();
+        record.pid = stand_in.as_raw_nonzero().get().unsigned_abs();
+        record
+    }
+
     /// What is written down about the container first.
     #[must_use]
     pub fn record(&self) -> Record {

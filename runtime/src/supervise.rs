@@ -12,6 +12,7 @@ use katavm_devices::fs::FsShare;
 use katavm_protocol::agent::{Exit, Ready};
 use katavm_vmm::{ExitReason, Microvm};
 use serde::{Deserialize, Serialize};
+use tokio::sync::{oneshot, watch};
 
 use crate::hooks::{self, Point};
 use crate::host;
@@ -35,6 +36,16 @@ pub enum Mode {
     Foreground,
     /// It goes on by itself when it has reported; the container is started by whoever asks for it.
     Background(Report),
+    /// The same, for whoever asks this process itself; it goes on when its containers have ended, too.
+    Served(Served),
+}
+
+/// What tells of a pod that others in this process serve.
+pub struct Served {
+    /// The pod when its first container is made, or why that was not.
+    pub made: oneshot::Sender<Result<Arc<Pod>, String>>,
+    /// Becomes true when the pod is to end.
+    pub end: watch::Receiver<bool>,
 }
 
 /// The container's streams and what speaks for it on the host.
@@ -97,22 +108,36 @@ impl Reported {
 /// # Errors
 /// Whatever keeps it from coming to its end.
 pub fn supervise(launch: &Launch, outside: Outside, mode: Mode, timings: &mut Timings) -> anyhow::Result<Exit> {
-    let mut report = None;
-    let foreground = match mode {
-        Mode::Foreground => true,
-        Mode::Background(to) => {
-            report = Some(to);
-            false
-        }
-    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.context("cannot start the runtime for the agent's service")?;
+    let outcome = runtime.block_on(attend(launch, outside, mode, timings));
+    // Threads that wait for a guest that is gone need not be waited for.
+    runtime.shutdown_background();
+    outcome
+}
+
+/// The same on a runtime that is there.
+///
+/// # Errors
+/// Those of [`supervise`].
+pub async fn attend(launch: &Launch, outside: Outside, mode: Mode, timings: &mut Timings) -> anyhow::Result<Exit> {
+    let mut mode = Some(mode);
     let share = FsShare::new();
-    let outcome = boot(launch, &outside.stand_in, share.clone()).and_then(|(started, network)| {
-        let work = Work { launch, foreground, share, report: &mut report, timings };
-        work.run(started, network, outside)
-    });
+    let outcome = match boot(launch, &outside.stand_in, share.clone()) {
+        Ok((started, network)) => {
+            let work = Work { launch, share, mode: &mut mode, end: None, timings };
+            work.run(started, network, outside).await
+        }
+        Err(error) => Err(error),
+    };
     let outcome = outcome.map_err(explain);
-    if let (Some(report), Err(error)) = (report, &outcome) {
-        report.tell(Err(format!("{error:#}")));
+    if let Err(error) = &outcome {
+        let reason = format!("{error:#}");
+        match mode {
+            Some(Mode::Background(report)) => report.tell(Err(reason)),
+            Some(Mode::Served(served)) => drop(served.made.send(Err(reason))),
+            Some(Mode::Foreground) | None => {}
+        }
     }
     outcome
 }
@@ -129,51 +154,46 @@ fn boot(launch: &Launch, stand_in: &StandIn, share: FsShare) -> anyhow::Result<(
 
 struct Work<'a> {
     launch: &'a Launch,
-    foreground: bool,
     share: FsShare,
-    report: &'a mut Option<Report>,
+    /// Nothing once it has been told that the container is made.
+    mode: &'a mut Option<Mode>,
+    /// Ends a pod that does not end with its containers.
+    end: Option<watch::Receiver<bool>>,
     timings: &'a mut Timings,
 }
 
 impl Work<'_> {
-    fn run(mut self, started: Started, network: Option<GuestNetwork>, outside: Outside) -> anyhow::Result<Exit> {
+    async fn run(mut self, started: Started, network: Option<GuestNetwork>, outside: Outside) -> anyhow::Result<Exit> {
         let Started { vm, host, ready } = started;
         let vm = Arc::new(vm);
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        let runtime = runtime.context("cannot start the runtime for the agent's service")?;
-        let outcome = runtime.block_on(async {
-            let network = network.map(|network| Network::new(Arc::clone(&vm), network)).transpose()?;
-            let machine = Arc::clone(&vm);
-            let sandbox = Arc::new(Sandbox::new(machine, Arc::new(host))?);
-            let mut pod = None;
-            let exits = || vm.exits();
-            let outcome = tokio::select! {
-                ended = sandbox.ended() => Err(ended.into()),
-                outcome = self.contain(&sandbox, network, ready, outside, &mut pod, &exits) => outcome,
-            };
-            let outcome = match outcome {
-                Err(PodError::Sandbox(error)) => Err(sandbox.explain(error).await.into()),
-                outcome => outcome,
-            };
-            let hangs = matches!(outcome, Err(PodError::Sandbox(SandboxError::Hangs { .. })));
-            let agent = pod.as_deref().map(Pod::agent).filter(|_| !hangs);
-            sandbox.shut_down(agent).await;
-            vm.hang_up();
-            if let Some(pod) = &pod {
-                // The streams have ended with the machine: what was on its way is written still.
-                if tokio::time::timeout(LEFTOVER_PATIENCE, pod.drained()).await.is_err() {
-                    log::warn!("nobody reads what the container wrote last");
-                }
-                pod.end_all();
-                if tokio::time::timeout(LEFTOVER_PATIENCE, pod.unwatched()).await.is_err() {
-                    log::warn!("who watches the container does not hear of its end");
-                }
+        let network = network.map(|network| Network::new(Arc::clone(&vm), network)).transpose();
+        let machine = Arc::clone(&vm);
+        let sandbox = Arc::new(Sandbox::new(machine, Arc::new(host))?);
+        let mut pod = None;
+        let exits = || vm.exits();
+        let outcome = tokio::select! {
+            ended = sandbox.ended() => Err(ended.into()),
+            outcome = async { self.contain(&sandbox, network?, ready, outside, &mut pod, &exits).await } => outcome,
+        };
+        let outcome = match outcome {
+            Err(PodError::Sandbox(error)) => Err(sandbox.explain(error).await.into()),
+            outcome => outcome,
+        };
+        let hangs = matches!(outcome, Err(PodError::Sandbox(SandboxError::Hangs { .. })));
+        let agent = pod.as_deref().map(Pod::agent).filter(|_| !hangs);
+        sandbox.shut_down(agent).await;
+        vm.hang_up();
+        if let Some(pod) = &pod {
+            // The streams have ended with the machine: what was on its way is written still.
+            if tokio::time::timeout(LEFTOVER_PATIENCE, pod.drained()).await.is_err() {
+                log::warn!("nobody reads what the container wrote last");
             }
-            outcome
-        });
+            pod.end_all();
+            if tokio::time::timeout(LEFTOVER_PATIENCE, pod.unwatched()).await.is_err() {
+                log::warn!("who watches the container does not hear of its end");
+            }
+        }
         self.finish(&vm);
-        // Threads that wait for a guest that is gone need not be waited for.
-        runtime.shutdown_background();
         Ok(outcome?)
     }
 
@@ -213,24 +233,35 @@ impl Work<'_> {
             made = made => made?,
             interrupted = interrupted(&signals) => return Err(interrupted),
         };
-        if self.foreground {
-            pod.start(self.launch.id.as_str(), "").await?;
-            self.timings.mark(timings::RUNNING);
-            let record = pod.container(self.launch.id.as_str())?.record();
-            poststart(record).await?;
-        } else if let Some(report) = self.report.take() {
-            pod.container(self.launch.id.as_str())?.keep();
-            report.tell(Ok(()));
+        let mut foreground = false;
+        match self.mode.take() {
+            Some(Mode::Foreground) => {
+                foreground = true;
+                pod.start(self.launch.id.as_str(), "").await?;
+                self.timings.mark(timings::RUNNING);
+                let record = pod.container(self.launch.id.as_str())?.record();
+                poststart(record).await?;
+            }
+            Some(Mode::Background(report)) => {
+                pod.container(self.launch.id.as_str())?.keep();
+                report.tell(Ok(()));
+            }
+            Some(Mode::Served(served)) => {
+                self.end = Some(served.end);
+                // Whoever asked may have gone away; the container is there all the same.
+                let _ = served.made.send(Ok(Arc::clone(&pod)));
+            }
+            None => {}
         }
         if let Err(error) = host::let_go_of_code() {
             log::debug!("cannot let go of what made the sandbox: {error}");
         }
         tokio::select! {
-            () = pod.deserted() => {}
+            () = over(&pod, self.end.clone()) => {}
             lost = process.lost() => return Err(lost.into()),
             lost = sandbox.heartbeat_lost(pod.agent()) => return Err(lost.into()),
             failed = pod.follow_network() => return Err(failed),
-            failed = forward(&process, &signals, self.foreground) => return Err(failed),
+            failed = forward(&process, &signals, foreground) => return Err(failed),
         }
         self.timings.mark(timings::EXITED);
         match process.phase() {
@@ -257,6 +288,15 @@ impl Work<'_> {
         self.timings.mark_at(timings::FIRST_RUN, vm.timeline().first_run());
         self.timings.mark_at(timings::VM_ENDED, vm.timeline().ended());
         self.timings.fact("kvm_exits", vm.exits());
+    }
+}
+
+/// Returns when the pod is to end: when it is told so, or with its last container.
+async fn over(pod: &Pod, end: Option<watch::Receiver<bool>>) {
+    match end {
+        // Whoever could say so is gone: nobody needs the pod any more.
+        Some(mut end) => drop(end.wait_for(|end| *end).await),
+        None => pod.deserted().await,
     }
 }
 

@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 
 use anyhow::{Context, bail};
-use rustix::process::{Pid, WaitOptions, waitpid};
+use rustix::process::{WaitOptions, waitpid};
 
 use super::arguments::{Front, Global};
 use super::{console, member, pid_file, state_root};
@@ -37,7 +37,7 @@ pub fn make(global: &Global, launch: &Launch, front: &Front) -> anyhow::Result<(
     let state = root.claim(&launch.id)?;
     let stand_in = launch.start_stand_in(slave.as_ref().map(copy).transpose()?)?;
     let pid = stand_in.pid;
-    let record = recorded(launch, pid);
+    let record = launch.recorded(pid);
     let hooks = record.hooks.as_ref();
     let told = record.for_hooks(Status::Creating);
     // After a failure the stand-in ends with its link.
@@ -79,13 +79,6 @@ struct Made {
     stand_in: StandIn,
     slave: Option<OwnedFd>,
     report: Report,
-}
-
-/// What is written down first about a container with a stand-in.
-pub(super) fn recorded(launch: &Launch, stand_in: Pid) -> Record {
-    let mut record = launch.record();
-    record.pid = stand_in.as_raw_nonzero().get().unsigned_abs();
-    record
 }
 
 /// The sandbox process; its exit code, which nobody reads.

@@ -66,8 +66,10 @@ fn remove(root: &StateRoot, found: &Found) -> anyhow::Result<()> {
             host::kill(found.record.sandbox_pid)?;
         }
     }
-    // It ends with its link; until then it is in the control group.
-    host::wait_for_end(found.record.pid, PATIENCE)?;
+    if found.record.pid != found.record.sandbox_pid {
+        // The stand-in ends with its link; until then it is in the control group.
+        host::wait_for_end(found.record.pid, PATIENCE)?;
+    }
     root.remove(id)?;
     hooks::run_all(found.record.hooks.as_ref(), Point::Poststop, &found.record.for_hooks(Status::Stopped));
     Ok(())

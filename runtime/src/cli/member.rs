@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use anyhow::Context;
 
 use super::arguments::Front;
-use super::{background, console, delete, pid_file};
+use super::{console, delete, pid_file};
 use crate::hooks;
 use crate::launch::Launch;
 use crate::membership::Membership;
@@ -24,7 +24,7 @@ pub fn make(root: &StateRoot, launch: &Launch, pod: &Membership, front: &Front) 
     let mut state = root.claim(&launch.id)?;
     // After a failure it ends with its link.
     let stand_in = launch.start_stand_in(slave)?;
-    let mut record = background::recorded(launch, stand_in.pid);
+    let mut record = launch.recorded(stand_in.pid);
     record.sandbox_pid = pod.peer.record.sandbox_pid;
     hooks::run_before(record.hooks.as_ref(), &record.for_hooks(Status::Creating))?;
     launch.enter_cgroup_as_member(record.pid)?;

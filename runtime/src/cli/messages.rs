@@ -16,11 +16,15 @@ use super::arguments::{Global, LogFormat};
 /// When the file cannot be opened.
 pub fn start(global: &Global) -> anyhow::Result<()> {
     let file = global.log.as_deref().map(open).transpose()?;
-    let logger = Box::new(Logger { file, format: global.log_format, level: global.level() });
-    log::set_max_level(global.level());
-    // Fails only if it was done before: then messages already go where they should.
-    let _ = log::set_boxed_logger(logger);
+    log_to(file, global.log_format, global.level());
     Ok(())
+}
+
+/// Sends messages to a file, or where there is none to standard error.
+pub fn log_to(file: Option<File>, format: LogFormat, level: LevelFilter) {
+    log::set_max_level(level);
+    // Fails only if it was done before: then messages already go where they should.
+    let _ = log::set_boxed_logger(Box::new(Logger { file, format, level }));
 }
 
 /// Tells of the failure that ends katavm: the user sees it whatever the log level, and a log file has it as well.

@@ -30,7 +30,10 @@ use crate::launch;
 use crate::sandbox::plan::SizeOptions;
 use crate::state::{Found, Id, StateRoot};
 use crate::timings::Timings;
+pub use arguments::LogFormat;
 use arguments::{Arguments, Command, Global, Machine};
+pub use delete::by_force as delete_by_force;
+pub use messages::log_to;
 
 /// What every failure of katavm itself ends with, as with runc.
 const FAILURE: u8 = 1;

@@ -58,7 +58,7 @@ pub fn run(global: &Global, options: Run, mut timings: Timings) -> anyhow::Resul
     if let Some(path) = &front.pid_file {
         pid_file::write(path, pid.as_raw_nonzero().get())?;
     }
-    let mut record = background::recorded(&launch, pid);
+    let mut record = launch.recorded(pid);
     record.kept = keep;
     let hooks = record.hooks.clone();
     let state_now = record.for_hooks(Status::Creating);
@@ -69,6 +69,7 @@ pub fn run(global: &Global, options: Run, mut timings: Timings) -> anyhow::Resul
     probe::ensure(&root)?;
     let io = Io {
         stdio: Inherited::take().context("cannot duplicate the standard streams")?,
+        has_terminal: terminal.is_some(),
         terminal: terminal.map(Arc::new),
         fallback_size: launch.console_size(),
     };

@@ -6,8 +6,8 @@ use std::path::Path;
 
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
 use rustix::mount::{
-    MountAttrFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount_change, move_mount,
-    open_tree, unmount,
+    MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount_change,
+    mount_remount, move_mount, open_tree,
 };
 use rustix::process::{chdir, pivot_root};
 
@@ -18,6 +18,63 @@ use rustix::process::{chdir, pivot_root};
 pub fn receive_mounts_only() -> io::Result<()> {
     let flags = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
     Ok(mount_change("/", flags)?)
+}
+
+/// Options of mount(8) that are flags of mount(2), and whether they set or clear them; the first two columns of its
+/// table of options that are for all file systems.
+const FLAGS: [(&str, MountFlags, bool); 16] = [
+    ("ro", MountFlags::RDONLY, true),
+    ("rw", MountFlags::RDONLY, false),
+    ("nosuid", MountFlags::NOSUID, true),
+    ("suid", MountFlags::NOSUID, false),
+    ("nodev", MountFlags::NODEV, true),
+    ("dev", MountFlags::NODEV, false),
+    ("noexec", MountFlags::NOEXEC, true),
+    ("exec", MountFlags::NOEXEC, false),
+    ("noatime", MountFlags::NOATIME, true),
+    ("nodiratime", MountFlags::NODIRATIME, true),
+    ("relatime", MountFlags::RELATIME, true),
+    ("strictatime", MountFlags::STRICTATIME, true),
+    ("sync", MountFlags::SYNCHRONOUS, true),
+    ("dirsync", MountFlags::DIRSYNC, true),
+    ("silent", MountFlags::SILENT, true),
+    ("defaults", MountFlags::empty(), true),
+];
+
+/// Mounts as mount(8) does with these options; `bind` and `rbind` are options as well.
+///
+/// # Errors
+/// Those of mount(2).
+pub fn mount(kind: &str, source: &str, options: &[String], target: &Path) -> io::Result<()> {
+    let (mut flags, mut bind, mut data) = (MountFlags::empty(), None, Vec::new());
+    for option in options {
+        match (option.as_str(), FLAGS.iter().find(|(name, ..)| name == option)) {
+            ("bind", _) => bind = Some(false),
+            ("rbind", _) => bind = Some(true),
+            (_, Some((_, flag, set))) => flags.set(*flag, *set),
+            (other, None) => data.push(other),
+        }
+    }
+    let Some(recursive) = bind else {
+        let data = std::ffi::CString::new(data.join(","))?;
+        return Ok(rustix::mount::mount(source, target, kind, flags, data.as_c_str())?);
+    };
+    let bound = if recursive { rustix::mount::mount_bind_recursive } else { rustix::mount::mount_bind };
+    bound(source, target)?;
+    if flags.is_empty() {
+        return Ok(());
+    }
+    // A bind mount takes its flags by a second call (mount(2), NOTES).
+    let remounted = mount_remount(target, flags | MountFlags::BIND, c"");
+    Ok(remounted.inspect_err(|_| drop(unmount(target)))?)
+}
+
+/// Takes off the topmost mount at `target`, whoever still uses it.
+///
+/// # Errors
+/// Those of umount(2).
+pub fn unmount(target: &Path) -> io::Result<()> {
+    Ok(rustix::mount::unmount(target, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)?)
 }
 
 /// A copy of the mounts at `path`, attached to nothing yet (open_tree(2)).
@@ -94,7 +151,7 @@ pub fn change_root(tree: &OwnedFd, staging: &Path) -> io::Result<()> {
     chdir(staging)?;
     // Over itself: the old root then lies on top of the new one and can be taken off (pivot_root(2), NOTES).
     pivot_root(".", ".")?;
-    unmount(".", UnmountFlags::DETACH)?;
+    rustix::mount::unmount(".", UnmountFlags::DETACH)?;
     chdir("/")?;
     Ok(())
 }

@@ -14,7 +14,9 @@ use crate::process::terminal::{Terminal, TerminalError, WindowSize};
 pub struct Io {
     /// The streams; with a terminal, standard input and output are the two directions of it.
     pub stdio: Inherited,
-    /// The terminal, if the process is to have it.
+    /// Whether the process is to have a terminal.
+    pub has_terminal: bool,
+    /// The terminal on this host that it is one with, if there is one: its mode and size are followed.
     pub terminal: Option<Arc<Terminal>>,
     /// The size of a terminal that does not know its own.
     pub fallback_size: WindowSize,
@@ -24,7 +26,13 @@ impl Io {
     /// Streams without a terminal.
     #[must_use]
     pub fn plain(stdio: Inherited) -> Self {
-        Self { stdio, terminal: None, fallback_size: WindowSize::default() }
+        Self { stdio, has_terminal: false, terminal: None, fallback_size: WindowSize::default() }
+    }
+
+    /// A terminal that is in the guest alone: its two directions are standard input and output.
+    #[must_use]
+    pub fn guest_terminal(stdio: Inherited, size: WindowSize) -> Self {
+        Self { stdio, has_terminal: true, terminal: None, fallback_size: size }
     }
 
     /// The slave of a pseudo-terminal of the host, whose master somebody else has.
@@ -35,7 +43,7 @@ impl Io {
         let terminal = Terminal::new(&slave)?;
         let other = slave.try_clone().map_err(TerminalError::Mode)?;
         let stdio = Inherited { stdin: Some(slave), stdout: Some(other), stderr: None };
-        Ok(Self { stdio, terminal: Some(Arc::new(terminal)), fallback_size })
+        Ok(Self { stdio, has_terminal: true, terminal: Some(Arc::new(terminal)), fallback_size })
     }
 
     /// The terminal's size.
@@ -48,14 +56,14 @@ impl Io {
     /// What the agent is told of them.
     pub(super) fn wanted(&self) -> Stdio {
         let WindowSize { rows, columns } = self.size();
-        match self.terminal {
-            Some(_) => Stdio { rows, columns, ..Default::default() },
-            None => Stdio {
-                stdin: self.stdio.stdin.is_some(),
-                stdout: self.stdio.stdout.is_some(),
-                stderr: self.stdio.stderr.is_some(),
-                ..Default::default()
-            },
+        if self.has_terminal {
+            return Stdio { rows, columns, ..Default::default() };
+        }
+        Stdio {
+            stdin: self.stdio.stdin.is_some(),
+            stdout: self.stdio.stdout.is_some(),
+            stderr: self.stdio.stderr.is_some(),
+            ..Default::default()
         }
     }
 

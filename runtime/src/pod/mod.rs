@@ -381,7 +381,10 @@ impl Pod {
                 "cannot delete container {container_id} that is not stopped: {status}"
             )));
         }
-        self.agent.remove_container(container_id).await?;
+        // With the sandbox everything of it in the guest has gone.
+        if !self.sandbox.has_ended() {
+            self.agent.remove_container(container_id).await?;
+        }
         container.forget();
         self.containers().remove(container_id);
         Ok(())

@@ -288,10 +288,10 @@ impl Process {
         Ok(self.agent.resize(&self.container_id, &self.exec_id, size).await?)
     }
 
-    /// Ends its standard input. One that has ended has none.
+    /// Ends its standard input when what is on its way has arrived. One that has ended has none.
     pub fn close_stdin(&self) {
-        if let Ok(mut streams) = self.streams.try_lock() {
-            streams.close_input();
+        if let Ok(streams) = self.streams.try_lock() {
+            streams.end_input();
         }
     }
 }

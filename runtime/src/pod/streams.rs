@@ -40,7 +40,7 @@ impl Streams {
         let failed = |stream| move |error| PodError::Stream { stream, error };
         let copy = |fd: &OwnedFd| fd.try_clone();
         let (mut streams, stdio) = (Self::default(), &io.stdio);
-        if io.terminal.is_some() {
+        if io.has_terminal {
             let name = "terminal";
             let stream = connect(StreamKind::STREAM_KIND_TERMINAL, name).await?;
             let sink = io.terminal_sink().map_err(failed(name))?;
@@ -69,6 +69,11 @@ impl Streams {
             streams.input = Some(pump.map_err(failed(name))?);
         }
         Ok(streams)
+    }
+
+    /// Ends the process' standard input when what is on its way to it has arrived.
+    pub fn end_input(&self) {
+        self.input.iter().for_each(InputPump::end);
     }
 
     /// Ends the process' standard input.

@@ -9,6 +9,8 @@ use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
@@ -115,13 +117,29 @@ fn wait(fds: &mut [PollFd<'_>]) -> io::Result<()> {
 #[derive(Debug)]
 pub struct InputPump {
     stop: OwnedFd,
+    /// The end is to come when what is there has been read.
+    rest_first: Arc<AtomicBool>,
     stream: UnixStream,
+}
+
+impl InputPump {
+    /// Ends the stream when what its source has now was moved.
+    pub fn end(&self) {
+        self.rest_first.store(true, Ordering::Release);
+        self.wake();
+    }
+
+    fn wake(&self) {
+        // An eventfd far from overflow takes every write.
+        let _ = rustix::io::write(&self.stop, &1_u64.to_ne_bytes());
+    }
 }
 
 impl Drop for InputPump {
     fn drop(&mut self) {
-        // An eventfd far from overflow takes every write; the shutdown ends a write that waits for the container.
-        let _ = rustix::io::write(&self.stop, &1_u64.to_ne_bytes());
+        self.rest_first.store(false, Ordering::Release);
+        self.wake();
+        // This ends a write that waits for the container.
         let _ = self.stream.shutdown(Shutdown::Write);
     }
 }
@@ -132,9 +150,10 @@ impl Drop for InputPump {
 /// When no thread, eventfd or duplicate can be made.
 pub fn pump_input(name: &str, stream: UnixStream, source: OwnedFd) -> io::Result<InputPump> {
     let stop = eventfd(0, EventfdFlags::CLOEXEC)?;
-    let pump = InputPump { stop: stop.try_clone()?, stream: stream.try_clone()? };
+    let rest_first = Arc::new(AtomicBool::new(false));
+    let pump = InputPump { stop: stop.try_clone()?, rest_first: Arc::clone(&rest_first), stream: stream.try_clone()? };
     thread::Builder::new().name(name.to_owned()).spawn(move || {
-        if let Err(error) = feed(&stream, &source, &stop)
+        if let Err(error) = feed(&stream, &source, &stop, &rest_first)
             && !matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset)
         {
             log::warn!("reading from standard input: {error}");
@@ -145,7 +164,7 @@ pub fn pump_input(name: &str, stream: UnixStream, source: OwnedFd) -> io::Result
     Ok(pump)
 }
 
-fn feed(mut stream: &UnixStream, source: &OwnedFd, stop: &OwnedFd) -> io::Result<()> {
+fn feed(mut stream: &UnixStream, source: &OwnedFd, stop: &OwnedFd, rest_first: &AtomicBool) -> io::Result<()> {
     let mut buffer = vec![0; CHUNK];
     loop {
         let mut fds = [
@@ -156,7 +175,7 @@ fn feed(mut stream: &UnixStream, source: &OwnedFd, stop: &OwnedFd) -> io::Result
         ];
         wait(&mut fds)?;
         let [ready, stopped, closed] = fds.map(|fd| !fd.revents().is_empty());
-        if stopped || closed {
+        if closed || stopped && !(ready && rest_first.load(Ordering::Acquire)) {
             return Ok(());
         }
         if !ready {
@@ -165,6 +184,8 @@ fn feed(mut stream: &UnixStream, source: &OwnedFd, stop: &OwnedFd) -> io::Result
         match rustix::io::read(source, &mut buffer).map_err(io::Error::from) {
             Ok(0) => return Ok(()),
             Ok(len) => stream.write_all(buffer.get(..len).unwrap_or_default())?,
+            // Somebody else was quicker, and the rest is theirs.
+            Err(error) if stopped && error.kind() == ErrorKind::WouldBlock => return Ok(()),
             Err(error) if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock) => {}
             // A terminal that was hung up.
             Err(error) if error.raw_os_error() == Some(libc::EIO) => return Ok(()),
@@ -274,6 +295,20 @@ mod tests {
         drop(pump);
         let _ = guest.read_to_end(&mut Vec::new()).unwrap();
         assert!(writer.write_all(&[0; 1 << 20]).is_err());
+    }
+
+    #[test]
+    fn input_that_is_to_end_is_moved_first() {
+        let (ours, mut guest) = UnixStream::pair().unwrap();
+        let (source, mut writer) = io::pipe().unwrap();
+        let data = pattern(60_000);
+        writer.write_all(&data).unwrap();
+        let pump = pump_input("in", ours, source.into()).unwrap();
+        pump.end();
+        let mut received = Vec::new();
+        guest.read_to_end(&mut received).unwrap();
+        assert!(received == data, "{} of {} bytes", received.len(), data.len());
+        drop((pump, writer));
     }
 
     fn wait_for_reader_to_go(mut writer: io::PipeWriter) {

@@ -182,6 +182,12 @@ impl Sandbox {
         Arc::clone(&self.dial)
     }
 
+    /// Whether its machine has ended.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.machine.end().is_some()
+    }
+
     /// Returns when the guest has ended, with why.
     pub async fn ended(&self) -> SandboxError {
         match self.end.readable().await {

@@ -11,14 +11,16 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use containerd_shim_protos::shim_async::create_task;
+use containerd_shim_protos::shim_async::{Task, create_task};
 use rustix::fs::{Mode, OFlags, open};
 use tokio::net::UnixListener;
 use ttrpc::r#async::Server;
 use ttrpc::r#async::transport::Listener;
 
 use crate::pod::{Pod, PodError};
+pub use attach::Pending;
 pub use client::{Client, ClientError, Streams, Watch};
+pub use task::{TaskService, refusal, timestamp, to_its_end};
 
 /// The Task API's socket.
 const TASK: &str = "task.sock";
@@ -40,18 +42,29 @@ pub async fn serve(pod: &Arc<Pod>, directory: &Path) -> Result<Service, PodError
     let short = ShortPath::of(directory).map_err(failed)?;
     let attach = attach::listen(&short.join(ATTACH), pod).map_err(failed)?;
     let listener = UnixListener::bind(short.join(TASK)).map_err(failed)?;
-    let service = Arc::new(task::TaskService::new(Arc::clone(pod), attach.pending(), directory.to_owned()));
+    let service = Arc::new(TaskService::new(Arc::clone(pod), attach.pending(), directory.to_owned()));
+    let server = serve_task(service, listener).await.map_err(failed)?;
+    Ok(Service { _server: server, _attach: attach })
+}
+
+/// Serves the Task API to who connects, until the server is dropped.
+///
+/// # Errors
+/// That it cannot be started.
+pub async fn serve_task<T: Task + Send + Sync + 'static>(
+    service: Arc<T>,
+    listener: UnixListener,
+) -> io::Result<Server> {
     let stream = futures::stream::unfold(listener, |listener| async move {
         let accepted = listener.accept().await.map(|(stream, _)| stream);
         Some((accepted, listener))
     });
-    let mut server = Server::new().add_listener(Listener::new(stream));
     // Versions 2 and 3 of the service have the same messages.
     let mut methods = create_task(service.clone());
     methods.extend(create_task(service).into_iter().map(|(name, service)| (name.replace(".v3.", ".v2."), service)));
-    server = server.register_service(methods);
-    server.start().await.map_err(|error| failed(io::Error::other(error)))?;
-    Ok(Service { _server: server, _attach: attach })
+    let mut server = Server::new().add_listener(Listener::new(stream)).register_service(methods);
+    server.start().await.map_err(io::Error::other)?;
+    Ok(server)
 }
 
 /// Makes the service that is reached by `directory` reachable by another one, too: connecting takes no more than a name
@@ -59,7 +72,7 @@ pub async fn serve(pod: &Arc<Pod>, directory: &Path) -> Result<Service, PodError
 ///
 /// # Errors
 /// Those of link(2).
-fn share(directory: &Path, with: &Path) -> io::Result<()> {
+pub fn share(directory: &Path, with: &Path) -> io::Result<()> {
     [TASK, ATTACH].iter().try_for_each(|name| std::fs::hard_link(directory.join(name), with.join(name)))
 }
 

@@ -43,7 +43,9 @@ impl TaskService {
     }
 }
 
-fn refusal(error: PodError) -> ttrpc::Error {
+/// The answer for what was not done.
+#[must_use]
+pub fn refusal(error: PodError) -> ttrpc::Error {
     let code = match &error {
         PodError::NoContainer(_) | PodError::NoProcess { .. } => Code::NOT_FOUND,
         PodError::Exists(_) => Code::ALREADY_EXISTS,
@@ -53,7 +55,9 @@ fn refusal(error: PodError) -> ttrpc::Error {
     ttrpc::Error::RpcStatus(get_status(code, error.to_string()))
 }
 
-fn timestamp(exit: &Exit) -> MessageField<Timestamp> {
+/// When a process ended.
+#[must_use]
+pub fn timestamp(exit: &Exit) -> MessageField<Timestamp> {
     const SECOND: u64 = 1_000_000_000;
     let seconds = (exit.at_ns / SECOND).cast_signed();
     let nanos = i32::try_from(exit.at_ns % SECOND).unwrap_or_default();
@@ -61,7 +65,10 @@ fn timestamp(exit: &Exit) -> MessageField<Timestamp> {
 }
 
 /// Runs to its end even if whoever asked goes away: ttrpc drops the handler then.
-async fn to_its_end<T: Send + 'static>(
+///
+/// # Errors
+/// Those of `work`.
+pub async fn to_its_end<T: Send + 'static>(
     work: impl Future<Output = Result<T, PodError>> + Send + 'static,
 ) -> ttrpc::Result<T> {
     let done = tokio::spawn(work).await;

@@ -1,0 +1,106 @@
+//! Where a pod's server is reached, and which containers share one.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+use sha2::{Digest as _, Sha256};
+
+/// Where containerd and its shims have their sockets.
+const FOLDER: &str = "/run/containerd/s";
+/// Annotations that name a container's group, the first one that is there.
+const GROUPS: [&str; 2] = ["io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id"];
+
+/// The group of containers that share a server: what an annotation of the bundle says, else the container itself.
+#[must_use]
+pub fn group(bundle: &Path, id: &str) -> String {
+    // There may be none: containerd's sandboxes have no configuration at `start`.
+    let config = fs::read(bundle.join("config.json")).unwrap_or_default();
+    let config: Value = serde_json::from_slice(&config).unwrap_or_default();
+    let named = GROUPS.iter().find_map(|name| config["annotations"][*name].as_str());
+    named.filter(|group| !group.is_empty()).unwrap_or(id).to_owned()
+}
+
+/// A server's socket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Address {
+    path: PathBuf,
+}
+
+impl Address {
+    /// The socket of a group in a namespace of the containerd at `address`.
+    #[must_use]
+    pub fn of(address: &str, namespace: &str, group: &str) -> Self {
+        let digest = Sha256::digest(Path::new(address).join(namespace).join(group).as_os_str().as_encoded_bytes());
+        let name: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+        Self { path: Path::new(FOLDER).join(name) }
+    }
+
+    /// As containerd wants it.
+    #[must_use]
+    pub fn url(&self) -> String {
+        format!("unix://{}", self.path.display())
+    }
+
+    /// Whether a server answers there.
+    #[must_use]
+    pub fn answers(&self) -> bool {
+        UnixStream::connect(&self.path).is_ok()
+    }
+
+    /// Makes the socket, which only this user may reach; one that a dead server has left is replaced.
+    ///
+    /// # Errors
+    /// Those of bind(2).
+    pub fn bind(&self) -> io::Result<UnixListener> {
+        if let Some(folder) = self.path.parent() {
+            fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
+        }
+        self.remove()?;
+        let listener = UnixListener::bind(&self.path)?;
+        fs::set_permissions(&self.path, fs::Permissions::from_mode(0o600))?;
+        Ok(listener)
+    }
+
+    /// Removes the socket, if there is one.
+    ///
+    /// # Errors
+    /// Those of unlink(2).
+    pub fn remove(&self) -> io::Result<()> {
+        match fs::remove_file(&self.path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn containers_of_a_pod_share_a_group() {
+        let folder = tempfile::tempdir().unwrap();
+        let said = |config: &str| {
+            fs::write(folder.path().join("config.json"), config).unwrap();
+            group(folder.path(), "c1")
+        };
+        assert_eq!(said(r#"{"annotations": {"io.kubernetes.cri.sandbox-id": "pod"}}"#), "pod");
+        let both = r#"{"annotations": {"io.kubernetes.cri.sandbox-id": "a", "io.containerd.runc.v2.group": "b"}}"#;
+        assert_eq!(said(both), "b");
+        assert_eq!(said(r#"{"annotations": {"other": "x"}}"#), "c1");
+        assert_eq!(said("{"), "c1");
+        assert_eq!(group(Path::new("/nowhere"), "c2"), "c2");
+    }
+
+    #[test]
+    fn addresses_differ_by_containerd_namespace_and_group() {
+        let all = [("/a", "n", "g"), ("/b", "n", "g"), ("/a", "m", "g"), ("/a", "n", "h")];
+        let urls: std::collections::BTreeSet<_> = all.iter().map(|(a, n, g)| Address::of(a, n, g).url()).collect();
+        assert_eq!(urls.len(), all.len());
+        assert!(urls.iter().all(|url| url.starts_with("unix:///run/containerd/s/") && url.len() < 107));
+    }
+}

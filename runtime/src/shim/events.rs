@@ -1,0 +1,107 @@
+//! Events for containerd, each once and in order, kept while it is away.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use containerd_shim_protos::shim::event::Envelope;
+use containerd_shim_protos::shim::events::ForwardRequest;
+use containerd_shim_protos::shim_async::{Client, EventsClient};
+use protobuf::well_known_types::any::Any;
+use protobuf::well_known_types::timestamp::Timestamp;
+use protobuf::{MessageField, MessageFull};
+use tokio::sync::mpsc;
+use ttrpc::context;
+
+/// How long containerd may take to accept one.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How long it is left alone after a failure.
+const PAUSE: Duration = Duration::from_millis(500);
+
+/// Where events are put.
+#[derive(Clone)]
+pub struct Events {
+    queue: mpsc::UnboundedSender<Queued>,
+    namespace: String,
+}
+
+enum Queued {
+    Event(Box<Envelope>),
+    /// Answered when all before it have been accepted.
+    Flush(tokio::sync::oneshot::Sender<()>),
+}
+
+impl Events {
+    /// Delivers to containerd's socket at `address`, or nowhere if there is none. Needs a tokio runtime.
+    #[must_use]
+    pub fn to(address: Option<String>, namespace: &str) -> Self {
+        let (queue, events) = mpsc::unbounded_channel();
+        tokio::spawn(deliver(address, events));
+        Self { queue, namespace: namespace.into() }
+    }
+
+    /// Puts one in the queue.
+    pub fn publish<E: MessageFull>(&self, topic: &str, event: &E) {
+        let mut packed = match Any::pack(event) {
+            Ok(any) => any,
+            Err(error) => return log::error!("event {topic}: {error}"),
+        };
+        bare(&mut packed);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let timestamp = Timestamp {
+            seconds: now.as_secs().cast_signed(),
+            nanos: now.subsec_nanos().cast_signed(),
+            ..Default::default()
+        };
+        let envelope = Envelope {
+            timestamp: MessageField::some(timestamp),
+            namespace: self.namespace.clone(),
+            topic: topic.into(),
+            event: MessageField::some(packed),
+            ..Default::default()
+        };
+        // The task at the other end lives as long as the runtime.
+        let _ = self.queue.send(Queued::Event(Box::new(envelope)));
+    }
+
+    /// Returns when all that were published before have been accepted.
+    pub async fn flushed(&self) {
+        let (done, flushed) = tokio::sync::oneshot::channel();
+        let _ = self.queue.send(Queued::Flush(done));
+        let _ = flushed.await;
+    }
+}
+
+/// Names a packed message as containerd does, which knows its types by their bare names.
+pub fn bare(packed: &mut Any) {
+    packed.type_url = packed.type_url.trim_start_matches("type.googleapis.com/").into();
+}
+
+async fn deliver(address: Option<String>, mut events: mpsc::UnboundedReceiver<Queued>) {
+    let mut client = None;
+    while let Some(queued) = events.recv().await {
+        let envelope = match queued {
+            Queued::Event(envelope) => envelope,
+            Queued::Flush(done) => {
+                let _ = done.send(());
+                continue;
+            }
+        };
+        let Some(address) = &address else { continue };
+        let request = ForwardRequest { envelope: MessageField::some(*envelope), ..Default::default() };
+        while let Err(error) = forward(&mut client, address, &request).await {
+            log::debug!("containerd does not take an event: {error}");
+            client = None;
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+}
+
+async fn forward(client: &mut Option<EventsClient>, address: &str, request: &ForwardRequest) -> ttrpc::Result<()> {
+    let connected = match client.take() {
+        Some(client) => client,
+        None => EventsClient::new(Client::connect(&format!("unix://{address}")).await?),
+    };
+    let timeout = i64::try_from(PATIENCE.as_nanos()).unwrap_or(i64::MAX);
+    connected.forward(context::with_timeout(timeout), request).await?;
+    *client = Some(connected);
+    Ok(())
+}

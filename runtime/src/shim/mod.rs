@@ -1,0 +1,48 @@
+//! `containerd-shim-katavm-v2`: what containerd runs for a pod, by its contract for shims (runtime v2).
+//!
+//! `start` leaves a server process behind and prints its address. That process is the pod's sandbox process.
+
+mod address;
+mod arguments;
+mod delete;
+mod events;
+mod io;
+mod logging;
+mod rootfs;
+mod server;
+mod service;
+mod start;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use crate::host;
+use arguments::{Action, Arguments};
+
+/// The program's name.
+const NAME: &str = "containerd-shim-katavm-v2";
+
+/// Runs the command line of this process.
+#[must_use]
+pub fn main() -> ExitCode {
+    host::note_inherited();
+    match Arguments::parse(std::env::args().skip(1)).and_then(|arguments| run(&arguments)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Nobody reads a closed standard error.
+            let _ = writeln!(std::io::stderr(), "{NAME}: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    let mut out = std::io::stdout();
+    match arguments.action {
+        Action::Version => writeln!(out, "{NAME}:\n  Version: {}", env!("CARGO_PKG_VERSION"))?,
+        Action::Start => write!(out, "{}", start::start(arguments)?)?,
+        Action::Delete => out.write_all(&delete::delete(arguments)?)?,
+        Action::Serve => server::serve(arguments)?,
+    }
+    Ok(())
+}

@@ -1,0 +1,165 @@
+//! The server: the sandbox process of a pod, which containerd asks over the Task API.
+
+use std::os::fd::{FromRawFd as _, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use containerd_shim_protos::api::CreateTaskRequest;
+use nix::sched::CloneFlags;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::arguments::Arguments;
+use super::events::Events;
+use super::logging;
+use super::service::ShimService;
+use super::start::LISTENER;
+use crate::hooks;
+use crate::host;
+use crate::launch::{self, Launch};
+use crate::pod::{Io, Pod};
+use crate::process::signals::Signals;
+use crate::process::terminal::WindowSize;
+use crate::sandbox::probe;
+use crate::service::serve_task;
+use crate::state::{Journal, StateRoot, Status};
+use crate::supervise::{self, Mode, Outside, Served};
+use crate::timings::Timings;
+use crate::watcher;
+
+/// How long the last events are kept for a containerd that is away.
+const LAST_WORDS: Duration = Duration::from_secs(10);
+
+/// Where the state of a namespace's containers is. `katavm --root` with it shows them.
+#[must_use]
+pub fn state_root(namespace: &str) -> PathBuf {
+    Path::new("/run/katavm-containerd").join(namespace)
+}
+
+/// The order for a pod's first container.
+pub struct Order {
+    /// As containerd said.
+    pub request: CreateTaskRequest,
+    /// Its streams.
+    pub io: Io,
+    /// How it went.
+    pub made: oneshot::Sender<Result<Arc<Pod>, String>>,
+}
+
+/// Serves until the pod is shut down.
+///
+/// # Errors
+/// That it cannot begin.
+pub fn serve(arguments: &Arguments) -> anyhow::Result<()> {
+    let listener = listener()?;
+    let bundle = std::env::current_dir().context("cannot tell the current folder, which is the bundle")?;
+    // Without a log it goes on in silence.
+    let _ = logging::start(&bundle, arguments.debug);
+    let served = prepare(arguments).and_then(|(root, signals)| {
+        let watcher = watcher::start(&root)?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let served = runtime.block_on(run(arguments, &root, listener, signals));
+        // Threads that wait for a guest that is gone need not be waited for.
+        runtime.shutdown_background();
+        drop(watcher);
+        served
+    });
+    served.inspect_err(|error| log::error!("{error:#}"))
+}
+
+/// The socket that `start` has made.
+fn listener() -> anyhow::Result<UnixListener> {
+    // SAFETY: `start` has put it there, and nothing in this process has opened or owns that number yet: the arguments
+    // alone were read before.
+    let fd = unsafe { OwnedFd::from_raw_fd(LISTENER) };
+    if !rustix::net::sockopt::socket_acceptconn(&fd).unwrap_or(false) {
+        std::mem::forget(fd);
+        bail!("descriptor {LISTENER} is no listening socket: this program is run by containerd, with the action start");
+    }
+    rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC)?;
+    let listener = UnixListener::from(fd);
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
+fn prepare(arguments: &Arguments) -> anyhow::Result<(StateRoot, Signals)> {
+    host::set_process_name(c"katavm-sandbox");
+    // What it mounts goes with it.
+    host::enter_new_namespaces(CloneFlags::CLONE_NEWNS).context("cannot make a mount namespace")?;
+    host::receive_mounts_only().context("cannot make a mount namespace")?;
+    rustix::process::chdir("/").context("cannot change to /")?;
+    if let Err(error) = host::raise_open_files() {
+        log::warn!("cannot raise the limit of open files: {error}");
+    }
+    let root = StateRoot::open(state_root(&arguments.namespace))?;
+    root.sweep().context("cannot sweep up after dead containers")?;
+    Ok((root, Signals::block()?))
+}
+
+async fn run(arguments: &Arguments, root: &StateRoot, listener: UnixListener, signals: Signals) -> anyhow::Result<()> {
+    let events = Events::to(std::env::var("TTRPC_ADDRESS").ok(), &arguments.namespace);
+    let (orders, mut ordered) = mpsc::channel(1);
+    let (end, mut ended) = watch::channel(false);
+    let service = ShimService::new(root.clone(), events.clone(), orders, end);
+    let path = listener.local_addr().ok().and_then(|address| address.as_pathname().map(Path::to_owned));
+    let listener = tokio::net::UnixListener::from_std(listener).context("cannot use the socket")?;
+    let server = serve_task(Arc::new(service), listener).await.context("cannot serve")?;
+    let mut signals = Some(signals);
+    loop {
+        let order = tokio::select! {
+            order = ordered.recv() => order,
+            _ = ended.wait_for(|end| *end) => break,
+        };
+        let Some(Order { request, io, made }) = order else { break };
+        let signals = match signals.take() {
+            Some(signals) => signals,
+            None => Signals::block()?,
+        };
+        match first(root, &request, io, signals) {
+            Ok((launch, outside)) => {
+                let served = Served { made, end: ended.clone() };
+                let outcome = supervise::attend(&launch, outside, Mode::Served(served), &mut Timings::start()).await;
+                if let Err(error) = outcome
+                    && !*ended.borrow()
+                {
+                    log::error!("{error:#}");
+                }
+            }
+            // Whoever asked may have gone away.
+            Err(error) => drop(made.send(Err(format!("{error:#}")))),
+        }
+    }
+    if tokio::time::timeout(LAST_WORDS, events.flushed()).await.is_err() {
+        log::warn!("containerd does not take the last events");
+    }
+    drop(server);
+    if let Some(path) = path {
+        std::fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// Everything of a pod's first container that is settled before there is a virtual machine, while this process has one
+/// thread.
+fn first(root: &StateRoot, request: &CreateTaskRequest, io: Io, signals: Signals) -> anyhow::Result<(Launch, Outside)> {
+    let launch = Launch::plan(root, request.id.parse()?, Path::new(&request.bundle), launch::Options::default())?;
+    if let Some(pod) = &launch.pod {
+        bail!("container {} cannot join the sandbox of {}: containerd made them apart", launch.id, pod.peer.record.id);
+    }
+    let state = root.claim(&launch.id)?;
+    let stand_in = launch.start_stand_in(None)?;
+    let mut record = launch.recorded(stand_in.pid);
+    record.sandbox_pid = std::process::id();
+    hooks::run_before(record.hooks.as_ref(), &record.for_hooks(Status::Creating))?;
+    launch.enter_cgroup(record.pid)?;
+    probe::ensure(root)?;
+    let directory = state.path().to_owned();
+    let journal = Journal::new(state, record);
+    let mut io = io;
+    if io.size() == WindowSize::default() {
+        io.fallback_size = launch.console_size();
+    }
+    Ok((launch, Outside { io, stand_in, signals, journal, directory }))
+}

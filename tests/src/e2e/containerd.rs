@@ -1,0 +1,165 @@
+//! containerd with our shim, by its own client.
+
+use std::path::Path;
+
+use anyhow::Result;
+
+use super::leftovers::Traces;
+use super::shell::{expect, script};
+use super::{Context, Table, Verdict};
+
+/// The table.
+pub const CASES: Table = (
+    "containerd",
+    &[
+        ("runs_and_looks_after_a_container", container),
+        ("tells_each_event_once_and_in_order", events),
+        ("a_pod_is_one_sandbox", pod),
+        ("a_killed_shim_is_noticed_and_nothing_stays", killed_shim),
+        ("containerd_may_be_killed_and_start_again", killed_containerd),
+    ],
+);
+
+/// containerd for one case, with an image of the case's root file system. In a script, `run` runs containers of it by
+/// our shim, `status` is that of a task, and `server` starts containerd once more.
+fn containerd(context: &Context, text: &str) -> Result<String> {
+    super::agent::rootfs(context)?;
+    let prelude = "rootfs/bin/busybox --install rootfs/bin 2>/dev/null || true
+        tar -C rootfs -c . | podman import -q - localhost/bb:latest >import 2>&1
+        podman save -q --format oci-archive -o bb.tar localhost/bb:latest; podman rmi -f localhost/bb:latest >p 2>&1
+        server() { containerd >>containerd.log 2>&1 & server=$!; until ctr version >p 2>&1; do kill -0 $server; sleep 0.2; done; }
+        status() { ctr task ls | awk -v id=$1 '$1 == id { print $3 }'; }
+        run() { ctr run --runtime io.containerd.katavm.v2 \"$@\"; }
+        gone() { until [ -z \"$(pgrep -x 'katavm-(sandbox|standin|watcher)')\" ]; do sleep 0.1; done; find /run/containerd/s /run/katavm-containerd/default -mindepth 1 ! -name '.*'; }
+        end() { for id in $(ctr task ls -q); do ctr task rm -f $id; done >p 2>&1; ctr containers rm $(ctr containers ls -q) >p 2>&1 || true; kill $server; wait $server || true; }
+        trap end EXIT
+        server; ctr image import --index-name localhost/bb:latest bb.tar >p 2>&1; image=localhost/bb:latest\n";
+    script(context, &format!("{prelude}{text}"))
+}
+
+fn container(context: &Context) -> Result<Verdict> {
+    let traces = Traces::of(Path::new("/nonexistent"));
+    let output = containerd(
+        context,
+        "run --rm $image c1 uname -r
+         run --rm --snapshotter native $image c1 sh -c 'echo written >/etc/new; cat /etc/new; echo err >&2; exit 7' 2>err || echo code $?; cat err
+         seq 200000 | run --rm $image c1 sha256sum | cut -c 1-8; seq 200000 | sha256sum | cut -c 1-8
+         run --rm $image c1 nosuch 2>&1 | grep -o 'exec: \"nosuch\".*PATH'
+         run -d $image c2 sh -c 'trap \"exit 3\" TERM; while :; do sleep 1; done' </dev/null; status c2
+         echo typed | ctr task exec --exec-id e1 c2 cat
+         ctr task exec --exec-id e2 c2 sh -c 'exit 4' </dev/null || echo code $?
+         python3 -c 'import pty; pty.spawn([\"ctr\", \"task\", \"exec\", \"-t\", \"--exec-id\", \"e3\", \"c2\", \"sh\", \"-c\", \"test -t 0 && echo on a terminal\"])' </dev/null | tr -d '\\r'
+         ctr task ps c2 | awk 'NR > 1 && $1 > 1' | wc -l | sed 's/^[1-9]/some/'
+         ctr task pause c2; status c2; ctr task resume c2; status c2
+         ctr task metrics c2 | grep -c memory.usage_limit
+         katavm --root /run/katavm-containerd/default exec c2 hostname
+         ctr task kill c2; until [ $(status c2) = STOPPED ]; do sleep 0.1; done; ctr task rm c2 2>&1 | grep -o 'exit code 3'
+         ctr container rm c2; gone",
+    )?;
+    let kernel = context.kernel_release()?;
+    let lines: Vec<_> = output.lines().collect();
+    let sum = lines.get(4).copied().unwrap_or_default();
+    let expected = [
+        kernel.as_str(),
+        "written",
+        "code 7",
+        "err",
+        sum,
+        sum,
+        "exec: \"nosuch\": executable file not found in $PATH",
+        "RUNNING",
+        "typed",
+        "code 4",
+        "on a terminal",
+        "some",
+        "PAUSED",
+        "RUNNING",
+        "1",
+        "katavm",
+        "exit code 3",
+    ];
+    expect(&output, &expected)?;
+    traces.expect_nothing_of_katavm()?;
+    Ok(Verdict::Passed)
+}
+
+fn events(context: &Context) -> Result<Verdict> {
+    let output = containerd(
+        context,
+        "ctr events >events 2>&1 & listener=$!
+         until [ -s events ]; do ctr namespace label default probe=$RANDOM; sleep 0.2; done
+         run -d --memory-limit 67108864 $image c1 sleep 1000 </dev/null
+         ctr task exec --exec-id e1 c1 true </dev/null
+         ctr task exec --exec-id e2 c1 sh -c 'head -c 100000000 /dev/zero | tail -c 90000000 >/dev/null' </dev/null >p 2>&1 || echo code $?
+         ctr task pause c1; ctr task resume c1
+         ctr task kill -s KILL c1; until [ $(status c1) = STOPPED ]; do sleep 0.1; done
+         ctr task rm c1 >p 2>&1; ctr container rm c1; gone
+         until grep -q /containers/delete events; do sleep 0.1; done; kill $listener
+         awk '$6 ~ /tasks/ { print $6 }' events",
+    )?;
+    let expected = [
+        "code 137",
+        "/tasks/create",
+        "/tasks/start",
+        "/tasks/exec-added",
+        "/tasks/exec-started",
+        "/tasks/exit",
+        "/tasks/exec-added",
+        "/tasks/exec-started",
+        "/tasks/oom",
+        "/tasks/exit",
+        "/tasks/paused",
+        "/tasks/resumed",
+        "/tasks/exit",
+        "/tasks/delete",
+    ];
+    expect(&output, &expected)?;
+    Ok(Verdict::Passed)
+}
+
+fn pod(context: &Context) -> Result<Verdict> {
+    let output = containerd(
+        context,
+        "pod='--annotation io.kubernetes.cri.sandbox-id=c1'
+         run -d $pod $image c1 sleep 1000 </dev/null
+         run -d $pod $image c2 sh -c 'echo hello >/tmp/index.html; exec httpd -f -p 80 -h /tmp' </dev/null
+         pgrep -xc katavm-sandbox
+         run --rm $pod $image c3 sh -c 'until wget -qO- http://127.0.0.1/; do sleep 1; done; ls -d /tmp/index.html' </dev/null 2>err || echo code $?
+         ctr task ls -q | sort | tr '\\n' ' '; echo
+         for id in c2 c1; do ctr task rm -f $id >p 2>&1; ctr container rm $id; done; gone",
+    )?;
+    expect(&output, &["1", "hello", "code 1", "c1 c2 "])?;
+    Ok(Verdict::Passed)
+}
+
+fn killed_shim(context: &Context) -> Result<Verdict> {
+    let traces = Traces::of(Path::new("/nonexistent"));
+    let output = containerd(
+        context,
+        "ctr events >events 2>&1 & listener=$!; trap 'kill $listener; end' EXIT
+         until [ -s events ]; do ctr namespace label default probe=$RANDOM; sleep 0.2; done
+         for id in c1 c2; do run -d $image $id sleep 1000 </dev/null; done
+         pkill -KILL -o -x katavm-sandbox; until [ -z \"$(status c1)\" ]; do sleep 0.1; done
+         status c2; ctr task exec --exec-id e1 c2 echo in the other </dev/null; ctr container rm c1
+         pkill -KILL -x 'katavm-sandbox|katavm-watcher'; until [ -z \"$(status c2)\" ]; do sleep 0.1; done
+         ctr container rm c2; ctr task ls -q; gone; grep -c '/tasks/exit.*\"exit_status\":137' events",
+    )?;
+    expect(&output, &["RUNNING", "in the other", "2"])?;
+    traces.expect_nothing_of_katavm()?;
+    Ok(Verdict::Passed)
+}
+
+fn killed_containerd(context: &Context) -> Result<Verdict> {
+    let output = containerd(
+        context,
+        "run -d --log-uri file://$PWD/log $image c1 sh -c 'n=0; until [ -e /end ]; do n=$((n + 1)); echo line $n; sleep 0.1; done; echo last; exit 5' </dev/null
+         until grep -q 'line 3' log; do sleep 0.1; done
+         kill -KILL $server; wait $server || true; server; status c1
+         ctr task exec --exec-id e1 c1 touch /end </dev/null
+         until [ $(status c1) = STOPPED ]; do sleep 0.1; done; tail -n 1 log
+         grep -c line log >count; seq 1 $(cat count) | sed 's/^/line /' | cmp - <(grep line log) && echo none is missing
+         ctr task rm c1 2>&1 | grep -o 'exit code 5'; ctr container rm c1; gone",
+    )?;
+    expect(&output, &["RUNNING", "last", "none is missing", "exit code 5"])?;
+    Ok(Verdict::Passed)
+}
