@@ -47,7 +47,19 @@ podman unshare --rootless-netns timeout 90 sh -c \"until curl -fsS -o page -m 20
 podman exec web sh -c 'hostname >/dev/null; echo in exec; exit 4' || echo code $?
 podman stop -t 60 web; podman wait web; podman rm web; podman ps -aq
 END
-         ./as-user bash -eu ../tried; chgrp 0 /dev/kvm
+         ./as-user bash -eu ../tried
+         # A control group that was given to the user, as systemd does with Delegate=yes: cgroups(7).
+         given=/sys/fs/cgroup/given; mkdir -p $given/engine; echo '+cpu +memory +pids' >$given/cgroup.subtree_control
+         chown -R 61236 $given; echo $$ >$given/engine/cgroup.procs
+         cat >tried <<'END'
+katavm spec; rm -rf out; jq '.process.args = [\"sleep\", \"1000\"] | .process.terminal = false
+    | .linux.cgroupsPath = \"/given/c1\" | .linux.resources.memory.limit = 104857600' config.json >new; mv new config.json
+\"$HOME/bin/katavm\" run -d c1 </dev/null >out 2>&1; cat out
+cut -d: -f3 /proc/$(pgrep -x katavm-sandbox)/cgroup; cat /sys/fs/cgroup/given/c1/memory.max
+\"$HOME/bin/katavm\" exec c1 cat /sys/fs/cgroup/memory.max; \"$HOME/bin/katavm\" delete --force c1; ls -d /sys/fs/cgroup/given/*/
+END
+         ./as-user podman unshare bash -eu ../tried
+         echo $$ >/sys/fs/cgroup/cgroup.procs; rmdir $given/engine $given; chgrp 0 /dev/kvm
          ./as-user sh -c 'podman --runtime $HOME/bin/katavm run --rm --network none bb true' 2>&1 | grep -o 'no permission to open /dev/kvm'
          ./as-user podman system migrate",
     )?;
@@ -70,6 +82,10 @@ END
         "web",
         "3",
         "web",
+        "/given/c1",
+        "325058560",
+        "104857600",
+        "/sys/fs/cgroup/given/engine/",
         "no permission to open /dev/kvm",
     ];
     expect(&output, &lines)?;
