@@ -41,10 +41,13 @@ const FLAGS: [(&str, MountFlags, bool); 16] = [
     ("defaults", MountFlags::empty(), true),
 ];
 
+/// What mount(2) reads of a file system's own options: a page.
+const LONGEST_OPTIONS: usize = 4096;
+
 /// Mounts as mount(8) does with these options; `bind` and `rbind` are options as well.
 ///
 /// # Errors
-/// Those of mount(2).
+/// Those of mount(2), and `InvalidInput` for options that it would not read to their end.
 pub fn mount(kind: &str, source: &str, options: &[String], target: &Path) -> io::Result<()> {
     let (mut flags, mut bind, mut data) = (MountFlags::empty(), None, Vec::new());
     for option in options {
@@ -57,6 +60,11 @@ pub fn mount(kind: &str, source: &str, options: &[String], target: &Path) -> io:
     }
     let Some(recursive) = bind else {
         let data = std::ffi::CString::new(data.join(","))?;
+        if data.as_bytes_with_nul().len() > LONGEST_OPTIONS {
+            // mount(2) would cut them off, and a shorter list of layers may be a wrong one.
+            let reason = format!("its options are longer than {LONGEST_OPTIONS} bytes");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
+        }
         return Ok(rustix::mount::mount(source, target, kind, flags, data.as_c_str())?);
     };
     let bound = if recursive { rustix::mount::mount_bind_recursive } else { rustix::mount::mount_bind };

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use katavm_protocol::agent::Exit;
 use oci_spec::runtime::LinuxResources;
@@ -171,7 +172,9 @@ impl Container {
 
     /// Its sandbox has ended.
     pub(super) fn end_all(&self) {
-        let killed = Exit { status: 128 + libc::SIGKILL.unsigned_abs(), ..Default::default() };
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let at_ns = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
+        let killed = Exit { status: 128 + libc::SIGKILL.unsigned_abs(), at_ns, ..Default::default() };
         for process in self.execs().values().flatten() {
             process.end(killed.clone());
         }

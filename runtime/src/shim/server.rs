@@ -71,13 +71,18 @@ pub fn serve(arguments: &Arguments) -> anyhow::Result<()> {
 
 /// The socket that `start` has made.
 fn listener() -> anyhow::Result<UnixListener> {
-    // SAFETY: `start` has put it there, and nothing in this process has opened or owns that number yet: the arguments
-    // alone were read before.
-    let fd = unsafe { OwnedFd::from_raw_fd(LISTENER) };
-    if !rustix::net::sockopt::socket_acceptconn(&fd).unwrap_or(false) {
-        std::mem::forget(fd);
+    let (mut listens, mut size) = (0_i32, libc::socklen_t::try_from(size_of::<i32>())?);
+    // SAFETY: the option is an int, `listens` has its size, and a descriptor that is closed is only an error.
+    let asked = unsafe {
+        let (option, size) = ((&raw mut listens).cast(), &raw mut size);
+        libc::getsockopt(LISTENER, libc::SOL_SOCKET, libc::SO_ACCEPTCONN, option, size)
+    };
+    if asked < 0 || listens == 0 {
         bail!("descriptor {LISTENER} is no listening socket: this program is run by containerd, with the action start");
     }
+    // SAFETY: it is open, as was just seen, and `start` has put it there for this one owner: nothing that this process has
+    // opened since can have the number of one that was open before.
+    let fd = unsafe { OwnedFd::from_raw_fd(LISTENER) };
     rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC)?;
     let listener = UnixListener::from(fd);
     listener.set_nonblocking(true)?;
