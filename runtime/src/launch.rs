@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use nix::sched::CloneFlags;
-use oci_spec::runtime::{LinuxMemory, LinuxNamespace, LinuxNamespaceType, LinuxResources, Spec};
+use oci_spec::runtime::{LinuxMemory, LinuxNamespace, LinuxNamespaceType, LinuxResources};
 use rustix::process::{Pid, geteuid};
 
 use crate::config::{Bundle, ConfigError};
@@ -123,7 +123,7 @@ impl Launch {
             true => Cgroup::plan(path, options.systemd_cgroup, id.as_str()).map_err(LaunchError::Cgroup)?,
             false => None,
         };
-        let cgroup = cgroup.filter(|cgroup| host::is_root_of_host() || is_usable(cgroup, &bundle.spec));
+        let cgroup = cgroup.filter(|cgroup| host::is_root_of_host() || is_usable(cgroup));
         warn_of_limits(&bundle, pod.is_some(), cgroup.is_some());
         Ok(Self { id, bundle, plan, pod, image, console: options.console, cgroup })
     }
@@ -139,9 +139,7 @@ impl Launch {
     /// What is written down about the container first.
     #[must_use]
     pub fn record(&self) -> Record {
-        let mut record = Record::new(&self.id, &self.bundle.path, &self.bundle.rootfs);
-        record.annotations = self.bundle.spec.annotations().clone().unwrap_or_default();
-        record.hooks = self.bundle.spec.hooks().clone();
+        let mut record = record_of(&self.id, &self.bundle);
         record.cgroup = self.cgroup.clone();
         record
     }
@@ -250,20 +248,20 @@ impl Launch {
     }
 }
 
+/// What a bundle says that is written down about its container.
+#[must_use]
+pub fn record_of(id: &Id, bundle: &Bundle) -> Record {
+    let mut record = Record::new(id, &bundle.path, &bundle.rootfs);
+    record.annotations = bundle.spec.annotations().clone().unwrap_or_default();
+    record.hooks = bundle.spec.hooks().clone();
+    record
+}
+
 /// Whether a rootless engine's user has been given such a control group. Without it the sandbox stays where the engine
-/// is, as with other runtimes; that is told if the host was to enforce something.
-fn is_usable(cgroup: &Cgroup, spec: &Spec) -> bool {
-    let Err(error) = cgroup.is_delegated() else { return true };
-    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
-    let level = match resources.is_some_and(|resources| resources.block_io().is_some()) {
-        true => log::Level::Warn,
-        false => log::Level::Info,
-    };
-    log::log!(
-        level,
-        "the sandbox gets no control group on the host, so that linux.resources.blockIO has no effect: {error}"
-    );
-    false
+/// is, as with other runtimes.
+fn is_usable(cgroup: &Cgroup) -> bool {
+    let delegated = cgroup.is_delegated();
+    delegated.inspect_err(|error| log::info!("the sandbox gets no control group on the host: {error}")).is_ok()
 }
 
 /// Memory of a sandbox beside the guest's RAM: the process itself and what the host's kernel keeps for it.

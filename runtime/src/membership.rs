@@ -3,7 +3,6 @@
 //! CRI-O says so by annotations. Podman says so by namespaces: a container that is given the network namespace of
 //! another shares everything that a sandbox is.
 
-use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -54,13 +53,11 @@ impl Membership {
     /// # Errors
     /// Any [`MembershipError`].
     pub fn find(root: &StateRoot, spec: &Spec) -> Result<Option<Self>, MembershipError> {
-        let empty = HashMap::new();
-        let annotations = spec.annotations().as_ref().unwrap_or(&empty);
-        let peer = match annotations.get(CONTAINER_TYPE).map(String::as_str) {
+        let peer = match annotation(spec, CONTAINER_TYPE) {
             Some("container") => {
-                let sandbox = annotations.get(SANDBOX_ID).ok_or(MembershipError::NoSandbox)?;
+                let sandbox = annotation(spec, SANDBOX_ID).ok_or(MembershipError::NoSandbox)?;
                 let found = sandbox.parse::<Id>().ok().and_then(|id| root.find(&id).ok()).filter(lives);
-                Some(found.ok_or_else(|| MembershipError::Gone(sandbox.clone()))?)
+                Some(found.ok_or_else(|| MembershipError::Gone(sandbox.to_owned()))?)
             }
             Some("sandbox") => None,
             _ => match namespace(spec, LinuxNamespaceType::Network) {
@@ -81,8 +78,7 @@ pub fn shared_namespaces(root: &StateRoot, id: &Id, spec: &Spec) -> Result<Share
     warn_of_others(spec);
     let mut shared = SharedNamespaces::new();
     // CRI-O pins a pod's namespaces before there is a container in them; the first one's in the guest stand for them.
-    let is_first =
-        spec.annotations().as_ref().is_some_and(|all| all.get(CONTAINER_TYPE).is_some_and(|it| it == "sandbox"));
+    let is_first = annotation(spec, CONTAINER_TYPE) == Some("sandbox");
     let files = [(LinuxNamespaceType::Ipc, "ipc"), (LinuxNamespaceType::Uts, "uts"), (LinuxNamespaceType::Pid, "pid")];
     for (kind, file) in files {
         let Some(path) = namespace(spec, kind) else { continue };
@@ -111,6 +107,10 @@ fn warn_of_others(spec: &Spec) {
             );
         }
     }
+}
+
+fn annotation<'a>(spec: &'a Spec, name: &str) -> Option<&'a str> {
+    spec.annotations().as_ref()?.get(name).map(String::as_str)
 }
 
 /// The path of a namespace that a configuration joins.

@@ -300,8 +300,11 @@ async fn over(pod: &Pod, end: Option<watch::Receiver<bool>>) {
     }
 }
 
-/// Runs the hooks that follow the start; the container ends with the sandbox if one fails.
-async fn poststart(record: Record) -> Result<(), PodError> {
+/// Runs the hooks that follow the start; the container is not to run if one fails.
+///
+/// # Errors
+/// Which one failed.
+pub async fn poststart(record: Record) -> Result<(), PodError> {
     let hooks = move || {
         let state = record.for_hooks(Status::Running);
         hooks::run(record.hooks.as_ref(), Point::Poststart, &state).map_err(io::Error::other)

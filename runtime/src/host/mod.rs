@@ -3,6 +3,7 @@
 //! No other module of the runtime makes such system calls: this is where a broker process can take over later.
 
 mod cgroup;
+mod clock;
 mod code;
 mod files;
 mod idmap;
@@ -14,6 +15,7 @@ mod processes;
 mod users;
 
 pub use cgroup::Cgroup;
+pub use clock::now_ns;
 pub use code::let_go_of_code;
 pub use files::{FileKind, identity, may_use_directory, open_shared, scratch_file, system_message};
 pub use idmap::{IdMap, IdRange};

@@ -2,14 +2,13 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use katavm_protocol::agent::Exit;
 use oci_spec::runtime::LinuxResources;
 
 use super::watch::Kills;
 use super::{Phase, PodError, Process};
-use crate::host::Cgroup;
+use crate::host::{self, Cgroup};
 use crate::limits;
 use crate::sandbox::blocking;
 use crate::sandbox::share::Exports;
@@ -172,9 +171,8 @@ impl Container {
 
     /// Its sandbox has ended.
     pub(super) fn end_all(&self) {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let at_ns = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
-        let killed = Exit { status: 128 + libc::SIGKILL.unsigned_abs(), at_ns, ..Default::default() };
+        let (status, at_ns) = (128 + libc::SIGKILL.unsigned_abs(), host::now_ns());
+        let killed = Exit { status, at_ns, ..Default::default() };
         for process in self.execs().values().flatten() {
             process.end(killed.clone());
         }

@@ -31,8 +31,8 @@ impl Io {
 
     /// A terminal that is in the guest alone: its two directions are standard input and output.
     #[must_use]
-    pub fn guest_terminal(stdio: Inherited, size: WindowSize) -> Self {
-        Self { stdio, has_terminal: true, terminal: None, fallback_size: size }
+    pub fn guest_terminal(stdio: Inherited) -> Self {
+        Self { has_terminal: true, ..Self::plain(stdio) }
     }
 
     /// The slave of a pseudo-terminal of the host, whose master somebody else has.

@@ -3,6 +3,7 @@
 
 mod attach;
 mod client;
+mod member;
 mod task;
 mod watch;
 
@@ -20,6 +21,7 @@ use ttrpc::r#async::transport::Listener;
 use crate::pod::{Pod, PodError};
 pub use attach::Pending;
 pub use client::{Client, ClientError, Streams, Watch};
+pub use member::member;
 pub use task::{TaskService, refusal, timestamp, to_its_end};
 
 /// The Task API's socket.
@@ -72,7 +74,7 @@ pub async fn serve_task<T: Task + Send + Sync + 'static>(
 ///
 /// # Errors
 /// Those of link(2).
-pub fn share(directory: &Path, with: &Path) -> io::Result<()> {
+fn share(directory: &Path, with: &Path) -> io::Result<()> {
     [TASK, ATTACH].iter().try_for_each(|name| std::fs::hard_link(directory.join(name), with.join(name)))
 }
 

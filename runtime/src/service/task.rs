@@ -11,7 +11,6 @@ use containerd_shim_protos::api::{
     StatsResponse, Status as TaskStatus, UpdateTaskRequest, WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::shim_async::Task;
-use katavm_protocol::agent::Exit;
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{EnumOrUnknown, MessageField};
@@ -55,12 +54,12 @@ pub fn refusal(error: PodError) -> ttrpc::Error {
     ttrpc::Error::RpcStatus(get_status(code, error.to_string()))
 }
 
-/// When a process ended.
+/// Nanoseconds since the epoch, as containerd has them.
 #[must_use]
-pub fn timestamp(exit: &Exit) -> MessageField<Timestamp> {
+pub fn timestamp(ns: u64) -> MessageField<Timestamp> {
     const SECOND: u64 = 1_000_000_000;
-    let seconds = (exit.at_ns / SECOND).cast_signed();
-    let nanos = i32::try_from(exit.at_ns % SECOND).unwrap_or_default();
+    let seconds = (ns / SECOND).cast_signed();
+    let nanos = i32::try_from(ns % SECOND).unwrap_or_default();
     MessageField::some(Timestamp { seconds, nanos, ..Default::default() })
 }
 
@@ -102,7 +101,7 @@ impl Task for TaskService {
             Phase::Running => TaskStatus::RUNNING,
             Phase::Stopped(exit) => {
                 response.exit_status = exit.status;
-                response.exited_at = timestamp(&exit);
+                response.exited_at = timestamp(exit.at_ns);
                 TaskStatus::STOPPED
             }
         });
@@ -133,7 +132,7 @@ impl Task for TaskService {
         } else {
             container.remove_exec(&request.exec_id);
         }
-        let exited_at = timestamp(&exit);
+        let exited_at = timestamp(exit.at_ns);
         Ok(DeleteResponse { pid, exit_status: exit.status, exited_at, ..Default::default() })
     }
 
@@ -206,7 +205,7 @@ impl Task for TaskService {
     async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
         let process = self.pod.process(&request.id, &request.exec_id).map_err(refusal)?;
         let exit = process.wait().await;
-        let exited_at = timestamp(&exit);
+        let exited_at = timestamp(exit.at_ns);
         Ok(WaitResponse { exit_status: exit.status, exited_at, ..Default::default() })
     }
 

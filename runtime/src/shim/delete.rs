@@ -1,16 +1,15 @@
 //! `delete`: removes what is left of a container whose server is gone, or was never asked to make it.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use anyhow::Context as _;
 use containerd_shim_protos::api::DeleteResponse;
-use protobuf::well_known_types::timestamp::Timestamp;
-use protobuf::{Message as _, MessageField};
+use protobuf::Message as _;
 
 use super::address::{Address, group};
 use super::arguments::Arguments;
 use super::server::state_root;
 use crate::cli::delete_by_force;
+use crate::host;
+use crate::service::timestamp;
 use crate::state::{Id, StateRoot};
 
 /// Kills what runs of the container, and removes it; what containerd is told of that, serialised.
@@ -29,15 +28,10 @@ pub fn delete(arguments: &Arguments) -> anyhow::Result<Vec<u8>> {
             address.remove().context("cannot remove the server's socket")?;
         }
     }
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let response = DeleteResponse {
         pid,
         exit_status: 128 + libc::SIGKILL.unsigned_abs(),
-        exited_at: MessageField::some(Timestamp {
-            seconds: now.as_secs().cast_signed(),
-            nanos: now.subsec_nanos().cast_signed(),
-            ..Default::default()
-        }),
+        exited_at: timestamp(host::now_ns()),
         ..Default::default()
     };
     Ok(response.write_to_bytes()?)

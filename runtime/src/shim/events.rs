@@ -1,15 +1,17 @@
 //! Events for containerd, each once and in order, kept while it is away.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use containerd_shim_protos::shim::event::Envelope;
 use containerd_shim_protos::shim::events::ForwardRequest;
 use containerd_shim_protos::shim_async::{Client, EventsClient};
 use protobuf::well_known_types::any::Any;
-use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{MessageField, MessageFull};
 use tokio::sync::mpsc;
 use ttrpc::context;
+
+use crate::host;
+use crate::service::timestamp;
 
 /// How long containerd may take to accept one.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -45,14 +47,8 @@ impl Events {
             Err(error) => return log::error!("event {topic}: {error}"),
         };
         bare(&mut packed);
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let timestamp = Timestamp {
-            seconds: now.as_secs().cast_signed(),
-            nanos: now.subsec_nanos().cast_signed(),
-            ..Default::default()
-        };
         let envelope = Envelope {
-            timestamp: MessageField::some(timestamp),
+            timestamp: timestamp(host::now_ns()),
             namespace: self.namespace.clone(),
             topic: topic.into(),
             event: MessageField::some(packed),

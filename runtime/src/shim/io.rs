@@ -8,7 +8,6 @@ use std::path::Path;
 
 use crate::pod::Io;
 use crate::process::stdio::Inherited;
-use crate::process::terminal::WindowSize;
 
 /// What containerd says about a process' streams; empty where there is none.
 #[derive(Clone, Copy, Debug)]
@@ -27,7 +26,7 @@ pub struct Named<'a> {
 ///
 /// # Errors
 /// Which one cannot be opened.
-pub fn open(named: Named<'_>, size: WindowSize) -> Result<Io, String> {
+pub fn open(named: Named<'_>) -> Result<Io, String> {
     let stdin = match named.stdin {
         "" => None,
         name => Some(input(name).map_err(|error| format!("standard input {name}: {error}"))?),
@@ -39,7 +38,7 @@ pub fn open(named: Named<'_>, size: WindowSize) -> Result<Io, String> {
     let stdout = sink("standard output", named.stdout)?;
     let stderr = if named.terminal { None } else { sink("standard error", named.stderr)? };
     let stdio = Inherited { stdin, stdout, stderr };
-    Ok(if named.terminal { Io::guest_terminal(stdio, size) } else { Io::plain(stdio) })
+    Ok(if named.terminal { Io::guest_terminal(stdio) } else { Io::plain(stdio) })
 }
 
 /// A named pipe. It has no end before somebody has opened it to write, and it ends with the last who did, as with runc's
@@ -90,7 +89,7 @@ mod tests {
         let (stdin, stdout) = (fifo(folder.path(), "in"), fifo(folder.path(), "out"));
         let stdin_path = stdin.clone();
         let named = Named { stdin: &stdin, stdout: &stdout, stderr: "", terminal: false };
-        let io = open(named, WindowSize::default()).unwrap();
+        let io = open(named).unwrap();
         assert!(io.stdio.stderr.is_none() && !io.has_terminal);
         let stdin = io.stdio.stdin.unwrap();
         let told = |fd: &OwnedFd| {

@@ -21,7 +21,6 @@ use crate::host;
 use crate::launch::{self, Launch};
 use crate::pod::{Io, Pod};
 use crate::process::signals::Signals;
-use crate::process::terminal::WindowSize;
 use crate::sandbox::probe;
 use crate::service::serve_task;
 use crate::state::{Journal, StateRoot, Status};
@@ -162,9 +161,6 @@ fn first(root: &StateRoot, request: &CreateTaskRequest, io: Io, signals: Signals
     probe::ensure(root)?;
     let directory = state.path().to_owned();
     let journal = Journal::new(state, record);
-    let mut io = io;
-    if io.size() == WindowSize::default() {
-        io.fallback_size = launch.console_size();
-    }
+    let io = Io { fallback_size: launch.console_size(), ..io };
     Ok((launch, Outside { io, stand_in, signals, journal, directory }))
 }

@@ -30,13 +30,12 @@ use super::server::Order;
 use crate::config::Bundle;
 use crate::hooks::{self, Point};
 use crate::host;
-use crate::membership::shared_namespaces;
+use crate::launch::record_of;
 use crate::pod::{Io, NewContainer, Phase, Pod, PodError, Process, Watched};
-use crate::process::terminal::WindowSize;
 use crate::sandbox::blocking;
-use crate::sandbox::plan::{Plan, SizeOptions};
 use crate::service::{self, Pending, TaskService, refusal, timestamp, to_its_end};
-use crate::state::{Journal, Record, StateRoot, Status};
+use crate::state::{Record, StateRoot, Status};
+use crate::supervise::poststart;
 
 /// The service.
 #[derive(Clone)]
@@ -67,7 +66,6 @@ struct Served {
 
 /// What is known of a container besides what its pod knows.
 struct Known {
-    bundle: PathBuf,
     /// How many file systems are mounted at its root.
     mounts: usize,
     /// By exec id, which is empty for the first.
@@ -144,15 +142,12 @@ impl Shared {
             },
         );
         let process = made.process(&id, "")?;
-        match made.watch(&id).await {
-            Ok(watched) => self.follow(&id, "", pid, process, &told, Some(watched)),
-            Err(error) => {
-                log::warn!("out-of-memory kills in container {id} will not be told of: {error}");
-                self.follow(&id, "", pid, process, &told, None);
-            }
-        }
+        let watched = made.watch(&id).await;
+        let watched = watched
+            .inspect_err(|error| log::warn!("out-of-memory kills in container {id} will not be told of: {error}"));
+        self.follow(&id, "", pid, process, &told, watched.ok());
         let processes = HashMap::from([(String::new(), told)]);
-        self.containers().insert(id, Known { bundle, mounts: request.rootfs.len(), processes });
+        self.containers().insert(id, Known { mounts: request.rootfs.len(), processes });
         Ok(pid)
     }
 
@@ -187,17 +182,8 @@ impl Shared {
     /// Makes a further container, for which the sandbox process itself stands on the host.
     async fn create_member(&self, served: &Served, request: &CreateTaskRequest, io: Io) -> Result<(), PodError> {
         let (root, directory, request) = (self.root.clone(), served.directory.clone(), request.clone());
-        let planned = blocking(move || plan_member(&root, &directory, &request).map_err(std::io::Error::other)).await;
-        let (plan, journal) = planned.map_err(|error| PodError::State(error.to_string()))?;
-        let new = NewContainer {
-            id: journal.record().id.to_string(),
-            spec: plan.guest_spec,
-            exports: plan.exports,
-            io,
-            link: None,
-            journal,
-            cgroup: None,
-        };
+        let plan = move || plan_member(&root, &directory, &request, io).map_err(std::io::Error::other);
+        let new = blocking(plan).await.map_err(|error| PodError::State(error.to_string()))?;
         served.pod.create(new).await.map(drop)
     }
 
@@ -234,7 +220,7 @@ impl Shared {
             let exit = process.wait().await;
             let _told_of_the_start = starting.lock().await;
             let id = if exec_id.is_empty() { container_id.clone() } else { exec_id };
-            let (exit_status, exited_at) = (exit.status, timestamp(&exit));
+            let (exit_status, exited_at) = (exit.status, timestamp(exit.at_ns));
             let event = TaskExit { container_id, id, pid, exit_status, exited_at, ..Default::default() };
             shared.events.publish(topics::TASK_EXIT_EVENT_TOPIC, &event);
         });
@@ -255,10 +241,7 @@ impl Shared {
         if exec_id.is_empty() {
             let event = TaskStart { container_id: id.into(), pid, ..Default::default() };
             self.events.publish(topics::TASK_START_EVENT_TOPIC, &event);
-            let state = record.for_hooks(Status::Running);
-            let hooks =
-                move || hooks::run(record.hooks.as_ref(), Point::Poststart, &state).map_err(std::io::Error::other);
-            if let Err(error) = blocking(hooks).await {
+            if let Err(error) = poststart(record).await {
                 log::warn!("{error}");
                 drop(process.signal(libc::SIGKILL).await);
             }
@@ -290,7 +273,7 @@ impl Shared {
         let known = self.containers().remove(id);
         let work = move || {
             if let Some(known) = known {
-                rootfs::unmount(&known.bundle, known.mounts);
+                rootfs::unmount(&record.bundle, known.mounts);
             }
             hooks::run_all(record.hooks.as_ref(), Point::Poststop, &record.for_hooks(Status::Stopped));
             if record.pid != std::process::id() {
@@ -308,27 +291,26 @@ impl Shared {
 impl Told {
     fn open(self) -> Result<(Io, Self), PodError> {
         let named = Named { stdin: &self.stdin, stdout: &self.stdout, stderr: &self.stderr, terminal: self.terminal };
-        let io = io::open(named, WindowSize::default()).map_err(PodError::State)?;
+        let io = io::open(named).map_err(PodError::State)?;
         Ok((io, self))
     }
 }
 
-fn plan_member(root: &StateRoot, directory: &Path, request: &CreateTaskRequest) -> anyhow::Result<(Plan, Journal)> {
+/// Claims the state of a further container, for which this process stands on the host.
+fn plan_member(
+    root: &StateRoot,
+    directory: &Path,
+    request: &CreateTaskRequest,
+    io: Io,
+) -> anyhow::Result<NewContainer> {
     let id = request.id.parse()?;
     let bundle = Bundle::load(Path::new(&request.bundle))?;
     for field in &bundle.unhonoured {
         log::warn!("{field}");
     }
     let state = root.claim(&id)?;
-    let shared = shared_namespaces(root, &id, &bundle.spec)?;
-    let plan = Plan::new(&id, &bundle, SizeOptions::default(), &shared)?;
-    let mut record = Record::new(&id, &bundle.path, &bundle.rootfs);
-    record.annotations = bundle.spec.annotations().clone().unwrap_or_default();
-    record.hooks = bundle.spec.hooks().clone();
-    record.pid = std::process::id();
-    record.sandbox_pid = std::process::id();
-    service::share(directory, state.path())?;
-    Ok((plan, Journal::new(state, record)))
+    let record = record_of(&id, &bundle);
+    service::member(directory, &bundle, state, record, io, None)
 }
 
 #[async_trait]

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::Id;
-use crate::host::Cgroup;
+use crate::host::{self, Cgroup};
 
 /// How far a container is (OCI runtime specification, "State"; `paused` as runc has it).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -80,7 +80,6 @@ impl Record {
     /// Of a container that this process is about to make.
     #[must_use]
     pub fn new(id: &Id, bundle: &Path, rootfs: &Path) -> Self {
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         Self {
             oci_version: "1.2.0".into(),
             id: id.clone(),
@@ -89,7 +88,7 @@ impl Record {
             bundle: bundle.into(),
             annotations: HashMap::new(),
             rootfs: rootfs.into(),
-            created_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
+            created_ns: host::now_ns(),
             uid: rustix::process::getuid().as_raw(),
             sandbox_pid: std::process::id(),
             cgroup: None,

@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::PathBuf;
+use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 use katavm_protocol::agent::CheckRequest;
@@ -55,6 +56,16 @@ pub(super) fn rootfs(context: &Context) -> Result<PathBuf> {
     for applet in APPLETS {
         symlink("busybox", root.join("bin").join(applet))?;
     }
+    Ok(root)
+}
+
+/// The same with all of busybox.
+pub(super) fn whole_rootfs(context: &Context) -> Result<PathBuf> {
+    let root = rootfs(context)?;
+    let bin = root.join("bin");
+    // It complains of those that are there.
+    Command::new(bin.join("busybox")).arg("--install").arg(&bin).output()?;
+    ensure!(bin.join("tail").exists(), "busybox has not installed itself in {}", bin.display());
     Ok(root)
 }
 

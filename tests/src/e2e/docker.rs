@@ -14,9 +14,8 @@ pub const CASES: Table = ("docker", &[("runs_and_looks_after_containers", contai
 /// Docker's own daemon for one case, with an image of the case's root file system; `run` in a script runs containers by
 /// katavm.
 fn docker(context: &Context, text: &str) -> Result<String> {
-    super::agent::rootfs(context)?;
-    let prelude = "rootfs/bin/busybox --install rootfs/bin 2>/dev/null || true
-        echo root:x:0:0:root:/root:/bin/sh >rootfs/etc/passwd
+    super::agent::whole_rootfs(context)?;
+    let prelude = "echo root:x:0:0:root:/root:/bin/sh >rootfs/etc/passwd
         [ -e /etc/resolv.conf ] || echo 'nameserver 192.0.2.1' >/etc/resolv.conf
         mkdir -p /var/lib/docker; mount -t tmpfs none /var/lib/docker
         dockerd --add-runtime katavm=$(command -v katavm) >dockerd.log 2>&1 & daemon=$!

@@ -3,6 +3,7 @@
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 
+use super::agent::whole_rootfs;
 use super::leftovers::Traces;
 use super::run::bundle;
 use super::shell::{expect, script};
@@ -23,7 +24,8 @@ pub const CASES: Table = (
 
 /// A bundle with a shell script as the process, all of busybox, and the container's own control group to look at.
 fn limited(context: &Context, text: &str, change: impl FnOnce(&mut Value)) -> Result<()> {
-    bundle(context, &["/bin/busybox", "sh", "-c", &format!("busybox --install -s /bin; {text}")], |config| {
+    whole_rootfs(context)?;
+    bundle(context, &["sh", "-c", text], |config| {
         let group = json!({"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro"]});
         config["mounts"].as_array_mut().into_iter().for_each(|mounts| mounts.push(group.clone()));
         change(config);

@@ -24,9 +24,8 @@ pub const CASES: Table = (
 
 /// Podman with an image of the case's root file system; `podman` in a script runs containers by katavm.
 pub(super) fn podman(context: &Context, text: &str) -> Result<String> {
-    super::agent::rootfs(context)?;
+    super::agent::whole_rootfs(context)?;
     let prelude = "podman() { command podman --runtime $(command -v katavm) \"$@\"; }
-        rootfs/bin/busybox --install rootfs/bin 2>/dev/null || true
         echo root:x:0:0:root:/root:/bin/sh >rootfs/etc/passwd
         tar -C rootfs -c . | podman import - bb >import 2>&1\n";
     script(context, &format!("{prelude}{text}"))

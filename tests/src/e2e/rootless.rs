@@ -50,7 +50,7 @@ END
          ./as-user bash -eu ../tried
          # A control group that was given to the user, as systemd does with Delegate=yes: cgroups(7).
          given=/sys/fs/cgroup/given; mkdir -p $given/engine; echo '+cpu +memory +pids' >$given/cgroup.subtree_control
-         chown -R 61236 $given; echo $$ >$given/engine/cgroup.procs
+         chown -R rootless $given; echo $$ >$given/engine/cgroup.procs
          cat >tried <<'END'
 katavm spec; rm -rf out; jq '.process.args = [\"sleep\", \"1000\"] | .process.terminal = false
     | .linux.cgroupsPath = \"/given/c1\" | .linux.resources.memory.limit = 104857600' config.json >new; mv new config.json

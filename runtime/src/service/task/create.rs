@@ -1,4 +1,4 @@
-//! A further container in a sandbox that is there.
+//! A further container, for a client that has claimed its state and made its stand-in.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -7,12 +7,9 @@ use containerd_shim_protos::api::CreateTaskRequest;
 
 use super::super::attach::Attached;
 use crate::config::Bundle;
-use crate::membership::shared_namespaces;
-use crate::pod::{NewContainer, Pod, PodError};
+use crate::pod::{Pod, PodError};
 use crate::sandbox::blocking;
-use crate::sandbox::plan::{Plan, SizeOptions};
-use crate::service::share;
-use crate::state::{Journal, Record, StateDir};
+use crate::service::member;
 
 /// Makes the container that `attached` is for; the pid of its stand-in. `directory` has the sockets of the service.
 ///
@@ -27,30 +24,16 @@ pub async fn create(
     let Attached { io, link, state } = attached;
     let Some(state) = state else { return Err(PodError::State(format!("no state was passed for {}", request.id))) };
     let directory = directory.to_owned();
-    let planned = blocking(move || plan(&directory, state, &request).map_err(std::io::Error::other)).await;
-    let (plan, state, record) = planned.map_err(|error| PodError::State(error.to_string()))?;
-    let new = NewContainer {
-        id: record.id.to_string(),
-        spec: plan.guest_spec,
-        exports: plan.exports,
-        io,
-        link: Some(link),
-        journal: Journal::new(state, record),
-        cgroup: None,
+    let plan = move || {
+        let record = state.read()?;
+        let bundle = Bundle::load(Path::new(&request.bundle))?;
+        member(&directory, &bundle, state, record, io, Some(link))
     };
+    let planned = blocking(move || plan().map_err(std::io::Error::other)).await;
+    let new = planned.map_err(|error| PodError::State(error.to_string()))?;
     let id = new.id.clone();
     pod.create(new).await?;
     let container = pod.container(&id)?;
     container.keep();
     Ok(container.record().pid)
-}
-
-fn plan(directory: &Path, state: StateDir, request: &CreateTaskRequest) -> anyhow::Result<(Plan, StateDir, Record)> {
-    let mut record = state.read()?;
-    record.sandbox_pid = std::process::id();
-    let bundle = Bundle::load(Path::new(&request.bundle))?;
-    let shared = shared_namespaces(state.root(), &record.id, &bundle.spec)?;
-    let plan = Plan::new(&record.id, &bundle, SizeOptions::default(), &shared)?;
-    share(directory, state.path())?;
-    Ok((plan, state, record))
 }

@@ -5,7 +5,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use rustix::process::{Signal, kill_process};
+use rustix::process::Signal;
 
 use super::super::leftovers::Traces;
 use super::super::process::Started;
@@ -110,15 +110,5 @@ fn told(context: &Context) -> Result<String> {
 
 /// Kills all processes of a name; whether there was one.
 fn kill_by_name(name: &str) -> Result<bool> {
-    let mut hit = false;
-    for entry in std::fs::read_dir("/proc")?.flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|pid| pid.parse().ok()) else { continue };
-        let comm = std::fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
-        if let Some(pid) = rustix::process::Pid::from_raw(pid)
-            && comm.trim() == name
-        {
-            hit |= kill_process(pid, Signal::KILL).is_ok();
-        }
-    }
-    Ok(hit)
+    Ok(Command::new("pkill").args(["-KILL", "-x", name]).status()?.success())
 }

@@ -1,0 +1,39 @@
+//! A further container in a sandbox that is there.
+
+use std::path::Path;
+
+use super::share;
+use crate::config::Bundle;
+use crate::link::Link;
+use crate::membership::shared_namespaces;
+use crate::pod::{Io, NewContainer};
+use crate::sandbox::plan::{Plan, SizeOptions};
+use crate::state::{Journal, Record, StateDir};
+
+/// What a pod needs to make it, from its bundle and the state that was claimed for it. It is reached by the sockets in
+/// `directory`, which are the pod's.
+///
+/// # Errors
+/// What cannot be had of it, or of whose namespaces it is to share.
+pub fn member(
+    directory: &Path,
+    bundle: &Bundle,
+    state: StateDir,
+    mut record: Record,
+    io: Io,
+    link: Option<Link>,
+) -> anyhow::Result<NewContainer> {
+    record.sandbox_pid = std::process::id();
+    let shared = shared_namespaces(state.root(), &record.id, &bundle.spec)?;
+    let plan = Plan::new(&record.id, bundle, SizeOptions::default(), &shared)?;
+    share(directory, state.path())?;
+    Ok(NewContainer {
+        id: record.id.to_string(),
+        spec: plan.guest_spec,
+        exports: plan.exports,
+        io,
+        link,
+        journal: Journal::new(state, record),
+        cgroup: None,
+    })
+}
