@@ -33,6 +33,7 @@ use crate::timings::Timings;
 pub use arguments::LogFormat;
 use arguments::{Arguments, Command, Global, Machine};
 pub use delete::by_force as delete_by_force;
+pub use features::described_features;
 pub use messages::log_to;
 
 /// What every failure of katavm itself ends with, as with runc.

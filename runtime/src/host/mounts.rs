@@ -11,6 +11,8 @@ use rustix::mount::{
 };
 use rustix::process::{chdir, pivot_root};
 
+use super::loops::Loop;
+
 /// Makes the mounts of this namespace invisible to others, while theirs still appear here (`MS_SLAVE`).
 ///
 /// # Errors
@@ -44,16 +46,17 @@ const FLAGS: [(&str, MountFlags, bool); 16] = [
 /// What mount(2) reads of a file system's own options: a page.
 const LONGEST_OPTIONS: usize = 4096;
 
-/// Mounts as mount(8) does with these options; `bind` and `rbind` are options as well.
+/// Mounts as mount(8) does with these options; `bind`, `rbind` and `loop` are options as well.
 ///
 /// # Errors
-/// Those of mount(2), and `InvalidInput` for options that it would not read to their end.
+/// Those of mount(2) and of [`Loop::over`], and `InvalidInput` for options that mount(2) would not read to their end.
 pub fn mount(kind: &str, source: &str, options: &[String], target: &Path) -> io::Result<()> {
-    let (mut flags, mut bind, mut data) = (MountFlags::empty(), None, Vec::new());
+    let (mut flags, mut bind, mut is_file, mut data) = (MountFlags::empty(), None, false, Vec::new());
     for option in options {
         match (option.as_str(), FLAGS.iter().find(|(name, ..)| name == option)) {
             ("bind", _) => bind = Some(false),
             ("rbind", _) => bind = Some(true),
+            ("loop", _) => is_file = true,
             (_, Some((_, flag, set))) => flags.set(*flag, *set),
             (other, None) => data.push(other),
         }
@@ -65,6 +68,8 @@ pub fn mount(kind: &str, source: &str, options: &[String], target: &Path) -> io:
             let reason = format!("its options are longer than {LONGEST_OPTIONS} bytes");
             return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
         }
+        let device = is_file.then(|| Loop::over(Path::new(source), flags.contains(MountFlags::RDONLY))).transpose()?;
+        let source = device.as_ref().map_or(Path::new(source), Loop::path);
         return Ok(rustix::mount::mount(source, target, kind, flags, data.as_c_str())?);
     };
     let bound = if recursive { rustix::mount::mount_bind_recursive } else { rustix::mount::mount_bind };

@@ -39,6 +39,19 @@ impl Address {
         Self { path: Path::new(FOLDER).join(name) }
     }
 
+    /// The same in another folder.
+    #[must_use]
+    pub fn within(&self, folder: &Path) -> Self {
+        Self { path: self.path.file_name().map_or_else(|| self.path.clone(), |name| folder.join(name)) }
+    }
+
+    /// What `start` has written to a bundle.
+    #[must_use]
+    pub fn of_bundle(bundle: &Path) -> Option<Self> {
+        let url = fs::read_to_string(bundle.join("address")).ok()?;
+        Some(Self { path: url.trim_end().strip_prefix("unix://")?.into() })
+    }
+
     /// As containerd wants it.
     #[must_use]
     pub fn url(&self) -> String {
@@ -94,6 +107,17 @@ mod tests {
         assert_eq!(said(r#"{"annotations": {"other": "x"}}"#), "c1");
         assert_eq!(said("{"), "c1");
         assert_eq!(group(Path::new("/nowhere"), "c2"), "c2");
+    }
+
+    #[test]
+    fn an_address_may_be_in_another_folder_and_is_read_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let address = Address::of("/a", "n", "g").within(folder.path());
+        assert_eq!(address.path.parent().unwrap(), folder.path());
+        assert_eq!(address.path.file_name(), Address::of("/a", "n", "g").path.file_name());
+        assert_eq!(Address::of_bundle(folder.path()), None);
+        fs::write(folder.path().join("address"), address.url()).unwrap();
+        assert_eq!(Address::of_bundle(folder.path()), Some(address));
     }
 
     #[test]

@@ -23,7 +23,8 @@ pub fn delete(arguments: &Arguments) -> anyhow::Result<Vec<u8>> {
     delete_by_force(&root, &id)?;
     root.sweep()?;
     if let Some(bundle) = &arguments.bundle {
-        let address = Address::of(&arguments.address, &arguments.namespace, &group(bundle, &arguments.id));
+        let address = Address::of_bundle(bundle)
+            .unwrap_or_else(|| Address::of(&arguments.address, &arguments.namespace, &group(bundle, &arguments.id)));
         if !address.answers() {
             address.remove().context("cannot remove the server's socket")?;
         }

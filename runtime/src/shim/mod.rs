@@ -4,8 +4,12 @@
 
 mod address;
 mod arguments;
+mod bootstrap;
+mod containerd;
 mod delete;
 mod events;
+mod info;
+mod input;
 mod io;
 mod logging;
 mod rootfs;
@@ -40,7 +44,8 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let mut out = std::io::stdout();
     match arguments.action {
         Action::Version => writeln!(out, "{NAME}:\n  Version: {}", env!("CARGO_PKG_VERSION"))?,
-        Action::Start => write!(out, "{}", start::start(arguments)?)?,
+        Action::Info => out.write_all(&info::info()?)?,
+        Action::Start => out.write_all(&start::start(arguments)?)?,
         Action::Delete => out.write_all(&delete::delete(arguments)?)?,
         Action::Serve => server::serve(arguments)?,
     }

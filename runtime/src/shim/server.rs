@@ -15,7 +15,7 @@ use super::arguments::Arguments;
 use super::events::Events;
 use super::logging;
 use super::service::ShimService;
-use super::start::LISTENER;
+use super::start::{LISTENER, TTRPC_ADDRESS};
 use crate::hooks;
 use crate::host;
 use crate::launch::{self, Launch};
@@ -103,7 +103,7 @@ fn prepare(arguments: &Arguments) -> anyhow::Result<(StateRoot, Signals)> {
 }
 
 async fn run(arguments: &Arguments, root: &StateRoot, listener: UnixListener, signals: Signals) -> anyhow::Result<()> {
-    let events = Events::to(std::env::var("TTRPC_ADDRESS").ok(), &arguments.namespace);
+    let events = Events::to(std::env::var(TTRPC_ADDRESS).ok(), &arguments.namespace);
     let (orders, mut ordered) = mpsc::channel(1);
     let (end, mut ended) = watch::channel(false);
     let service = ShimService::new(root.clone(), events.clone(), orders, end);

@@ -6,6 +6,7 @@
 mod agent;
 mod beside;
 mod boot;
+mod bootstrap;
 mod containerd;
 mod context;
 mod crio;
@@ -100,8 +101,17 @@ pub fn cases(boot: Boot, long: bool) -> Vec<Case> {
 const FIRST: &[Table] = &[boot::CASES, agent::CASES, snapshot::CASES, network::CASES];
 const LAST: &[Table] =
     &[oci::CASES, limits::CASES, idmap::CASES, failing::CASES, hostile::CASES, survive::CASES, user::CASES];
-const ENGINES: &[Table] =
-    &[podman::CASES, rootless::CASES, docker::CASES, containerd::CASES, crio::CASES, beside::CASES];
+const ENGINES: &[Table] = &[
+    podman::CASES,
+    rootless::CASES,
+    docker::CASES,
+    bootstrap::CASES,
+    containerd::BEFORE,
+    containerd::OWN,
+    containerd::AFTER,
+    crio::CASES,
+    beside::CASES,
+];
 
 fn rows((group, rows): &'static Table) -> impl Iterator<Item = Case> {
     rows.iter().map(move |(name, check)| Case { group, name, check: *check })
