@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use nix::sched::CloneFlags;
-use oci_spec::runtime::{LinuxMemory, LinuxNamespace, LinuxNamespaceType, LinuxResources};
+use oci_spec::runtime::{LinuxMemory, LinuxNamespace, LinuxNamespaceType, LinuxResources, Spec};
 use rustix::process::{Pid, geteuid};
 
 use crate::config::{Bundle, ConfigError};
@@ -14,7 +14,7 @@ use crate::limits;
 use crate::membership::{self, Membership, MembershipError};
 use crate::process::terminal::WindowSize;
 use crate::sandbox::image::{GuestImage, ImageError};
-use crate::sandbox::plan::{Plan, PlanError, SizeOptions};
+use crate::sandbox::plan::{Plan, PlanError, SharedNamespaces, SizeOptions};
 use crate::sandbox::size::Size;
 use crate::standin::{self, Namespaces};
 use crate::state::{Id, Record, StateRoot};
@@ -126,6 +126,19 @@ impl Launch {
         let cgroup = cgroup.filter(|cgroup| host::is_root_of_host() || is_usable(cgroup));
         warn_of_limits(&bundle, pod.is_some(), cgroup.is_some());
         Ok(Self { id, bundle, plan, pod, image, console: options.console, cgroup })
+    }
+
+    /// Plans a sandbox that is to be there before its first container; `spec` is a configuration without a process.
+    ///
+    /// # Errors
+    /// Any [`LaunchError`].
+    pub fn empty(id: Id, folder: &Path, spec: Spec, systemd_cgroup: bool) -> Result<Self, LaunchError> {
+        let path = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_deref());
+        let cgroup = Cgroup::plan(path, systemd_cgroup, id.as_str()).map_err(LaunchError::Cgroup)?;
+        let bundle = Bundle { path: folder.into(), rootfs: folder.into(), spec, unhonoured: Vec::new() };
+        let plan = Plan::new(&id, &bundle, SizeOptions::default(), &SharedNamespaces::new())?;
+        let image = GuestImage::find(None, None)?;
+        Ok(Self { id, bundle, plan, pod: None, image, console: false, cgroup })
     }
 
     /// The same with its stand-in.

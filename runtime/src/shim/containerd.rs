@@ -47,8 +47,9 @@ fn version_of(program: &Path, running: &Path, folder: &Path) -> Option<u32> {
 
 /// What changes when the file does.
 fn key(file: &Metadata) -> String {
-    let numbers = [file.dev().cast_signed(), file.ino().cast_signed(), file.mtime(), file.mtime_nsec(), file.ctime()];
-    numbers.map(|number| number.to_string()).join(":")
+    let times = [file.mtime(), file.mtime_nsec(), file.ctime(), file.ctime_nsec()].map(|number| number.to_string());
+    let numbers = [file.dev(), file.ino(), file.size()].map(|number| number.to_string());
+    [numbers.join(":"), times.join(":")].join(":")
 }
 
 fn remembered(said: &str, key: &str) -> Option<u32> {

@@ -13,6 +13,7 @@ mod input;
 mod io;
 mod logging;
 mod rootfs;
+mod sandbox;
 mod server;
 mod service;
 mod start;

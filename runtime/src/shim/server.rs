@@ -8,12 +8,14 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use containerd_shim_protos::api::CreateTaskRequest;
+use containerd_shim_protos::sandbox_async::create_sandbox;
 use nix::sched::CloneFlags;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::arguments::Arguments;
 use super::events::Events;
 use super::logging;
+use super::sandbox::{SandboxConfig, SandboxService};
 use super::service::ShimService;
 use super::start::{LISTENER, TTRPC_ADDRESS};
 use crate::hooks;
@@ -21,7 +23,7 @@ use crate::host;
 use crate::launch::{self, Launch};
 use crate::pod::{Io, Pod};
 use crate::process::signals::Signals;
-use crate::sandbox::probe;
+use crate::sandbox::{blocking, probe};
 use crate::service::serve_task;
 use crate::state::{Journal, StateRoot, Status};
 use crate::supervise::{self, Mode, Outside, Served};
@@ -37,14 +39,45 @@ pub fn state_root(namespace: &str) -> PathBuf {
     Path::new("/run/katavm-containerd").join(namespace)
 }
 
-/// The order for a pod's first container.
+/// The order for a pod.
 pub struct Order {
-    /// As containerd said.
-    pub request: CreateTaskRequest,
-    /// Its streams.
-    pub io: Io,
+    /// What it begins with.
+    pub first: First,
     /// How it went.
     pub made: oneshot::Sender<Result<Arc<Pod>, String>>,
+    /// Becomes true when the pod is to end.
+    pub stop: watch::Receiver<bool>,
+}
+
+/// What a pod begins with.
+pub enum First {
+    /// A container.
+    Container {
+        /// As containerd said.
+        request: Box<CreateTaskRequest>,
+        /// Its streams.
+        io: Io,
+    },
+    /// Nothing but the sandbox.
+    Sandbox {
+        /// Its id.
+        id: String,
+        /// Its bundle.
+        bundle: PathBuf,
+        /// What it is to be.
+        config: Arc<SandboxConfig>,
+        /// Told of its end.
+        ended: watch::Sender<Option<Ended>>,
+    },
+}
+
+/// How a sandbox has ended.
+#[derive(Clone, Copy, Debug)]
+pub struct Ended {
+    /// 0: it was told to.
+    pub status: u32,
+    /// When, in nanoseconds since the epoch.
+    pub at_ns: u64,
 }
 
 /// Serves until the pod is shut down.
@@ -107,28 +140,51 @@ async fn run(arguments: &Arguments, root: &StateRoot, listener: UnixListener, si
     let (orders, mut ordered) = mpsc::channel(1);
     let (end, mut ended) = watch::channel(false);
     let service = ShimService::new(root.clone(), events.clone(), orders, end);
+    let sandboxes = create_sandbox(Arc::new(SandboxService::new(service.clone())));
     let path = listener.local_addr().ok().and_then(|address| address.as_pathname().map(Path::to_owned));
     let listener = tokio::net::UnixListener::from_std(listener).context("cannot use the socket")?;
-    let server = serve_task(Arc::new(service), listener).await.context("cannot serve")?;
+    let server = serve_task(Arc::new(service), sandboxes, listener).await.context("cannot serve")?;
     let mut signals = Some(signals);
     loop {
         let order = tokio::select! {
             order = ordered.recv() => order,
             _ = ended.wait_for(|end| *end) => break,
         };
-        let Some(Order { request, io, made }) = order else { break };
+        let Some(Order { first: wanted, made, stop }) = order else { break };
         let signals = match signals.take() {
             Some(signals) => signals,
             None => Signals::block()?,
         };
-        match first(root, &request, io, signals) {
+        let over = match &wanted {
+            First::Sandbox { ended, .. } => Some(ended.clone()),
+            First::Container { .. } => None,
+        };
+        let planned = match wanted {
+            First::Container { request, io } => first(root, &request, io, signals),
+            First::Sandbox { id, bundle, config, .. } => empty(root, &id, &bundle, &config, signals),
+        };
+        match planned {
             Ok((launch, outside)) => {
-                let served = Served { made, end: ended.clone() };
+                let stand_in = outside.stand_in.pid.as_raw_nonzero().get().unsigned_abs();
+                let served = Served { made, end: stop.clone() };
                 let outcome = supervise::attend(&launch, outside, Mode::Served(served), &mut Timings::start()).await;
-                if let Err(error) = outcome
-                    && !*ended.borrow()
+                let told = *stop.borrow();
+                if let Err(error) = &outcome
+                    && !told
                 {
                     log::error!("{error:#}");
+                }
+                if let Some(over) = over {
+                    // A child of this process, which has ended with its link.
+                    let reaped = blocking(move || {
+                        host::reap(stand_in);
+                        Ok(())
+                    });
+                    if let Err(error) = reaped.await {
+                        log::warn!("{error}");
+                    }
+                    let status = if told { 0 } else { 128 + libc::SIGKILL.unsigned_abs() };
+                    over.send_replace(Some(Ended { status, at_ns: host::now_ns() }));
                 }
             }
             // Whoever asked may have gone away.
@@ -143,6 +199,26 @@ async fn run(arguments: &Arguments, root: &StateRoot, listener: UnixListener, si
         std::fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
     }
     Ok(())
+}
+
+/// The same for a sandbox that is to be there before its first container.
+fn empty(
+    root: &StateRoot,
+    id: &str,
+    bundle: &Path,
+    config: &SandboxConfig,
+    signals: Signals,
+) -> anyhow::Result<(Launch, Outside)> {
+    let launch = Launch::empty(id.parse()?, bundle, config.spec.clone(), config.systemd_cgroup)?;
+    let state = root.claim(&launch.id)?;
+    let stand_in = launch.start_stand_in(None)?;
+    let mut record = launch.recorded(stand_in.pid);
+    record.is_sandbox = true;
+    launch.enter_cgroup(record.pid)?;
+    probe::ensure(root)?;
+    let directory = state.path().to_owned();
+    let journal = Journal::new(state, record);
+    Ok((launch, Outside { io: None, stand_in, signals, journal, directory }))
 }
 
 /// Everything of a pod's first container that is settled before there is a virtual machine, while this process has one
@@ -161,6 +237,6 @@ fn first(root: &StateRoot, request: &CreateTaskRequest, io: Io, signals: Signals
     probe::ensure(root)?;
     let directory = state.path().to_owned();
     let journal = Journal::new(state, record);
-    let io = Io { fallback_size: launch.console_size(), ..io };
+    let io = Some(Io { fallback_size: launch.console_size(), ..io });
     Ok((launch, Outside { io, stand_in, signals, journal, directory }))
 }

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
@@ -12,6 +13,7 @@ use containerd_shim_protos::api::{
     ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest, StateResponse,
     StatsRequest, StatsResponse, UpdateTaskRequest, WaitRequest, WaitResponse,
 };
+use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::events::task::{
     TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskOOM, TaskPaused, TaskResumed,
     TaskStart,
@@ -26,7 +28,7 @@ use ttrpc::{Code, get_status};
 use super::events::{Events, bare};
 use super::io::{self, Named};
 use super::rootfs;
-use super::server::Order;
+use super::server::{First, Order};
 use crate::config::Bundle;
 use crate::hooks::{self, Point};
 use crate::host;
@@ -53,6 +55,8 @@ struct Shared {
     /// Held while a container is made: the first one makes the pod.
     pod: tokio::sync::Mutex<Option<Served>>,
     containers: Mutex<HashMap<String, Known>>,
+    /// The pod begins with its sandbox and not with a container, and ends when that is told to.
+    has_sandbox: AtomicBool,
 }
 
 /// A pod that is there.
@@ -92,7 +96,54 @@ impl ShimService {
     #[must_use]
     pub fn new(root: StateRoot, events: Events, orders: mpsc::Sender<Order>, end: watch::Sender<bool>) -> Self {
         let (pod, containers) = (tokio::sync::Mutex::default(), Mutex::default());
-        Self { shared: Arc::new(Shared { root, events, orders, end, pod, containers }) }
+        let has_sandbox = AtomicBool::new(false);
+        Self { shared: Arc::new(Shared { root, events, orders, end, pod, containers, has_sandbox }) }
+    }
+
+    /// From now on the pod is made by [`Self::start_sandbox`].
+    ///
+    /// # Errors
+    /// That a container has made it.
+    pub fn expect_sandbox(&self) -> Result<(), String> {
+        if !self.shared.containers().is_empty() {
+            return Err("this server has a pod already, which its first container has made".into());
+        }
+        self.shared.has_sandbox.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Makes the pod without a container; the pid of what stands for it on the host.
+    ///
+    /// # Errors
+    /// Any [`PodError`].
+    pub async fn start_sandbox(&self, id: &str, first: First, stop: watch::Receiver<bool>) -> Result<u32, PodError> {
+        let mut served = self.shared.pod.lock().await;
+        if served.is_some() {
+            return Err(PodError::Exists(format!("sandbox {id}")));
+        }
+        self.shared.make(&mut served, id, first, stop).await?;
+        let id = id.parse().map_err(|error| PodError::State(format!("{error}")))?;
+        let found = self.shared.root.find(&id).map_err(|error| PodError::State(error.to_string()))?;
+        Ok(found.record.pid)
+    }
+
+    /// What each container uses, as far as it says so.
+    pub async fn stats_of_all(&self) -> Vec<Metrics> {
+        let ids: Vec<_> = self.shared.containers().keys().cloned().collect();
+        let served = self.shared.pod.lock().await.clone();
+        let mut all = Vec::new();
+        for id in ids {
+            let Some(served) = &served else { break };
+            if let Ok(stats) = served.tasks.metrics(&id).await {
+                all.push(stats);
+            }
+        }
+        all
+    }
+
+    /// Ends the server.
+    pub fn end(&self) {
+        self.shared.end.send_replace(true);
     }
 
     /// The pod, which is there once its first container was made.
@@ -168,15 +219,30 @@ impl Shared {
             self.create_member(served, request, io).await?;
             return Ok((Arc::clone(&served.pod), told));
         }
+        if self.has_sandbox.load(Ordering::Relaxed) {
+            return Err(PodError::State("the sandbox is not started".into()));
+        }
+        let first = First::Container { request: Box::new(request.clone()), io };
+        let pod = self.make(served, &request.id, first, self.end.subscribe()).await?;
+        Ok((pod, told))
+    }
+
+    /// Has the pod made, whose state is that of `id`.
+    async fn make(
+        &self,
+        served: &mut Option<Served>,
+        id: &str,
+        first: First,
+        stop: watch::Receiver<bool>,
+    ) -> Result<Arc<Pod>, PodError> {
         let (made, answer) = oneshot::channel();
-        let over = |_| PodError::State("the server ends".into());
-        let order = Order { request: request.clone(), io, made };
-        self.orders.send(order).await.map_err(|_| PodError::State("the server ends".into()))?;
-        let pod = answer.await.map_err(over)?.map_err(PodError::State)?;
-        let directory = self.root.path().join(&request.id);
+        let over = || PodError::State("the server ends".into());
+        self.orders.send(Order { first, made, stop }).await.map_err(|_| over())?;
+        let pod = answer.await.map_err(|_| over())?.map_err(PodError::State)?;
+        let directory = self.root.path().join(id);
         let tasks = Arc::new(TaskService::new(Arc::clone(&pod), Pending::default(), directory.clone()));
         *served = Some(Served { pod: Arc::clone(&pod), tasks, directory });
-        Ok((pod, told))
+        Ok(pod)
     }
 
     /// Makes a further container, for which the sandbox process itself stands on the host.
@@ -444,7 +510,8 @@ impl Task for ShimService {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
-        if self.shared.containers().is_empty() {
+        // A sandbox is told by its own API.
+        if self.shared.containers().is_empty() && !self.shared.has_sandbox.load(Ordering::Relaxed) {
             self.shared.end.send_replace(true);
         }
         Ok(Empty::new())

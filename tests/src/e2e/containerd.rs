@@ -128,7 +128,7 @@ fn snapshotters<const V: usize>(context: &Context) -> Result<Verdict> {
     let text = format!(
         "for snapshotter in {}; do
              run --rm --snapshotter $snapshotter $image c1 sh -c \"echo $snapshotter >/etc/new; cat /etc/new; ls /bin | wc -l\"
-         done; ls rootfs/bin | wc -l; gone; losetup -a",
+         done; ls rootfs/bin | wc -l; gone; while losetup -a | grep -q blockfile; do sleep 0.1; done",
         names.join(" ")
     );
     let output = containerd::<V>(context, &text)?;
@@ -144,7 +144,7 @@ fn events<const V: usize>(context: &Context) -> Result<Verdict> {
     let output = containerd::<V>(
         context,
         "life() {
-             ctr events >events 2>&1 & listener=$!
+             rm -f events; ctr events >events 2>&1 & listener=$!
              until [ -s events ]; do ctr namespace label default probe=$RANDOM; sleep 0.2; done
              ctr run --runtime $1 -d --memory-limit 67108864 $image c1 sleep 1000 </dev/null
              ctr task exec --exec-id e1 c1 true </dev/null

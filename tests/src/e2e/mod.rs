@@ -26,6 +26,7 @@ mod rebuild;
 mod report;
 mod rootless;
 mod run;
+mod sandbox_api;
 mod shell;
 mod snapshot;
 mod survive;
@@ -106,6 +107,7 @@ const ENGINES: &[Table] = &[
     rootless::CASES,
     docker::CASES,
     bootstrap::CASES,
+    sandbox_api::CASES,
     containerd::BEFORE,
     containerd::OWN,
     containerd::AFTER,
