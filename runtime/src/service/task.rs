@@ -1,6 +1,5 @@
 //! containerd's Task API (`containerd.task.v2.Task`, `containerd.task.v3.Task`) over a pod.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -17,14 +16,17 @@ use protobuf::{EnumOrUnknown, MessageField};
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::{Code, get_status};
 
+use super::ShortPath;
 use super::attach::Pending;
 use crate::pod::{Io, Phase, Pod, PodError};
 use crate::process::stdio::Inherited;
 use crate::process::terminal::WindowSize;
+use crate::sandbox::SandboxError;
+use crate::sandbox::agent::AgentError;
 use crate::state::Status;
 
 mod create;
-mod metrics;
+pub mod metrics;
 pub(super) mod processes;
 
 /// The service.
@@ -32,12 +34,12 @@ pub struct TaskService {
     pod: Arc<Pod>,
     pending: Pending,
     /// Where its sockets are.
-    directory: PathBuf,
+    directory: ShortPath,
 }
 
 impl TaskService {
     /// Over a pod; descriptors for processes come by `pending`. Served by sockets in `directory`.
-    pub fn new(pod: Arc<Pod>, pending: Pending, directory: PathBuf) -> Self {
+    pub fn new(pod: Arc<Pod>, pending: Pending, directory: ShortPath) -> Self {
         Self { pod, pending, directory }
     }
 }
@@ -46,6 +48,19 @@ impl TaskService {
 #[must_use]
 pub fn refusal(error: PodError) -> ttrpc::Error {
     let code = match &error {
+        // The guest may say anything; what containerd acts upon is one of these.
+        PodError::Sandbox(SandboxError::Agent(AgentError::Refused { code, .. }))
+            if matches!(
+                code,
+                Code::NOT_FOUND
+                    | Code::ALREADY_EXISTS
+                    | Code::INVALID_ARGUMENT
+                    | Code::PERMISSION_DENIED
+                    | Code::FAILED_PRECONDITION
+            ) =>
+        {
+            *code
+        }
         PodError::NoContainer(_) | PodError::NoProcess { .. } => Code::NOT_FOUND,
         PodError::Exists(_) => Code::ALREADY_EXISTS,
         PodError::State(_) => Code::FAILED_PRECONDITION,

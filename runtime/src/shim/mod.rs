@@ -4,14 +4,18 @@
 
 mod address;
 mod arguments;
+mod containers;
 mod delete;
 mod events;
 mod io;
+mod logger;
 mod logging;
+mod options;
 mod rootfs;
 mod server;
 mod service;
 mod start;
+mod uri;
 
 use std::io::Write;
 use std::process::ExitCode;

@@ -11,9 +11,12 @@ use containerd_shim_protos::api::CreateTaskRequest;
 use nix::sched::CloneFlags;
 use tokio::sync::{mpsc, oneshot, watch};
 
+use super::address::OwnSocket;
 use super::arguments::Arguments;
+use super::containers::Containers;
 use super::events::Events;
 use super::logging;
+use super::options;
 use super::service::ShimService;
 use super::start::LISTENER;
 use crate::hooks;
@@ -23,7 +26,8 @@ use crate::pod::{Io, Pod};
 use crate::process::signals::Signals;
 use crate::sandbox::probe;
 use crate::service::serve_task;
-use crate::state::{Journal, StateRoot, Status};
+use crate::settings::Settings;
+use crate::state::{Journal, Record, StateRoot, Status};
 use crate::supervise::{self, Mode, Outside, Served};
 use crate::timings::Timings;
 use crate::watcher;
@@ -106,15 +110,17 @@ async fn run(arguments: &Arguments, root: &StateRoot, listener: UnixListener, si
     let events = Events::to(std::env::var("TTRPC_ADDRESS").ok(), &arguments.namespace);
     let (orders, mut ordered) = mpsc::channel(1);
     let (end, mut ended) = watch::channel(false);
-    let service = ShimService::new(root.clone(), events.clone(), orders, end);
-    let path = listener.local_addr().ok().and_then(|address| address.as_pathname().map(Path::to_owned));
+    let socket = Arc::new(OwnSocket::of(&listener).context("cannot find the socket")?);
+    let containers = Containers::new(root.clone(), events.clone(), orders, end);
+    let service = ShimService::new(containers, Arc::clone(&socket));
     let listener = tokio::net::UnixListener::from_std(listener).context("cannot use the socket")?;
     let server = serve_task(Arc::new(service), listener).await.context("cannot serve")?;
     let mut signals = Some(signals);
     loop {
         let order = tokio::select! {
-            order = ordered.recv() => order,
+            biased;
             _ = ended.wait_for(|end| *end) => break,
+            order = ordered.recv() => order,
         };
         let Some(Order { request, io, made }) = order else { break };
         let signals = match signals.take() {
@@ -123,6 +129,7 @@ async fn run(arguments: &Arguments, root: &StateRoot, listener: UnixListener, si
         };
         match first(root, &request, io, signals) {
             Ok((launch, outside)) => {
+                let stand_in = outside.stand_in.pid.as_raw_nonzero().get().unsigned_abs();
                 let served = Served { made, end: ended.clone() };
                 let outcome = supervise::attend(&launch, outside, Mode::Served(served), &mut Timings::start()).await;
                 if let Err(error) = outcome
@@ -130,6 +137,8 @@ async fn run(arguments: &Arguments, root: &StateRoot, listener: UnixListener, si
                 {
                     log::error!("{error:#}");
                 }
+                // It ends with its link, when the last who holds it lets go.
+                tokio::task::spawn_blocking(move || host::reap(stand_in));
             }
             // Whoever asked may have gone away.
             Err(error) => drop(made.send(Err(format!("{error:#}")))),
@@ -139,28 +148,52 @@ async fn run(arguments: &Arguments, root: &StateRoot, listener: UnixListener, si
         log::warn!("containerd does not take the last events");
     }
     drop(server);
-    if let Some(path) = path {
-        std::fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
-    }
+    socket.remove();
     Ok(())
 }
 
 /// Everything of a pod's first container that is settled before there is a virtual machine, while this process has one
 /// thread.
 fn first(root: &StateRoot, request: &CreateTaskRequest, io: Io, signals: Signals) -> anyhow::Result<(Launch, Outside)> {
-    let launch = Launch::plan(root, request.id.parse()?, Path::new(&request.bundle), launch::Options::default())?;
+    let bundle = Path::new(&request.bundle);
+    let settings = Settings::load(options::config_path(request.options.as_ref()).as_deref())?;
+    if settings.debug() {
+        log::set_max_level(log::LevelFilter::Debug);
+    }
+    let options = launch::Options { systemd_cgroup: names_systemd_cgroup(bundle), settings, ..Default::default() };
+    let launch = Launch::plan(root, request.id.parse()?, bundle, options)?;
     if let Some(pod) = &launch.pod {
         bail!("container {} cannot join the sandbox of {}: containerd made them apart", launch.id, pod.peer.record.id);
     }
     let state = root.claim(&launch.id)?;
+    let directory = state.path().to_owned();
     let stand_in = launch.start_stand_in(None)?;
     let mut record = launch.recorded(stand_in.pid);
     record.sandbox_pid = std::process::id();
-    hooks::run_before(record.hooks.as_ref(), &record.for_hooks(Status::Creating))?;
-    launch.enter_cgroup(record.pid)?;
-    probe::ensure(root)?;
-    let directory = state.path().to_owned();
+    // Before anything is made that it names.
     let journal = Journal::new(state, record);
+    if let Err(error) = settle(root, &launch, journal.record()) {
+        let pid = journal.record().pid;
+        // The stand-in ends with its link.
+        drop(stand_in);
+        host::reap(pid);
+        return Err(error);
+    }
     let io = Io { fallback_size: launch.console_size(), ..io };
     Ok((launch, Outside { io, stand_in, signals, journal, directory }))
+}
+
+/// Whether a bundle's `linux.cgroupsPath` is one of systemd's, `SLICE:PREFIX:NAME`: engines that have systemd make control
+/// groups say so by its form alone.
+fn names_systemd_cgroup(bundle: &Path) -> bool {
+    let config = std::fs::read(bundle.join("config.json")).unwrap_or_default();
+    let config: serde_json::Value = serde_json::from_slice(&config).unwrap_or_default();
+    let path = config["linux"]["cgroupsPath"].as_str().unwrap_or_default();
+    !path.starts_with('/') && path.split(':').count() == 3
+}
+
+fn settle(root: &StateRoot, launch: &Launch, record: &Record) -> anyhow::Result<()> {
+    hooks::run_before(record.hooks.as_ref(), &record.for_hooks(Status::Creating))?;
+    launch.enter_cgroup(record.pid)?;
+    Ok(probe::ensure(root)?)
 }

@@ -22,8 +22,8 @@ const OOM_SCORE: i32 = 1;
 pub fn start(arguments: &Arguments) -> anyhow::Result<String> {
     let bundle = std::env::current_dir().context("cannot tell the current folder, which is the bundle")?;
     let address = Address::of(&arguments.address, &arguments.namespace, &group(&bundle, &arguments.id));
-    if !address.answers() {
-        let listener = address.bind().with_context(|| format!("cannot make the socket {}", address.url()))?;
+    let claimed = address.claim().with_context(|| format!("cannot make the socket {}", address.url()))?;
+    if let Some(listener) = claimed {
         let mut server = Command::new(std::env::current_exe().context("cannot tell where this program is")?);
         server.args(["-namespace", &arguments.namespace, "-id", &arguments.id, "-address", &arguments.address]);
         if arguments.debug {

@@ -22,7 +22,7 @@ pub const CASES: Table = (
 
 /// containerd for one case, with an image of the case's root file system. In a script, `run` runs containers of it by
 /// our shim, `status` is that of a task, and `server` starts containerd once more.
-fn containerd(context: &Context, text: &str) -> Result<String> {
+pub(super) fn containerd(context: &Context, text: &str) -> Result<String> {
     super::agent::whole_rootfs(context)?;
     let prelude = "tar -C rootfs -c . | podman import -q - localhost/bb:latest >import 2>&1
         podman save -q --format oci-archive -o bb.tar localhost/bb:latest; podman rmi -f localhost/bb:latest >p 2>&1

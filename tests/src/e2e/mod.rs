@@ -26,6 +26,7 @@ mod report;
 mod rootless;
 mod run;
 mod shell;
+mod shim;
 mod snapshot;
 mod survive;
 mod systemd;
@@ -101,7 +102,7 @@ const FIRST: &[Table] = &[boot::CASES, agent::CASES, snapshot::CASES, network::C
 const LAST: &[Table] =
     &[oci::CASES, limits::CASES, idmap::CASES, failing::CASES, hostile::CASES, survive::CASES, user::CASES];
 const ENGINES: &[Table] =
-    &[podman::CASES, rootless::CASES, docker::CASES, containerd::CASES, crio::CASES, beside::CASES];
+    &[podman::CASES, rootless::CASES, docker::CASES, containerd::CASES, shim::CASES, crio::CASES, beside::CASES];
 
 fn rows((group, rows): &'static Table) -> impl Iterator<Item = Case> {
     rows.iter().map(move |(name, check)| Case { group, name, check: *check })
