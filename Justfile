@@ -52,8 +52,8 @@ run bundle *args: build guest-image
 # Lint, unit tests, end-to-end tests.
 test: lint test-unit test-e2e
 
-# Tests that need no KVM.
-test-unit:
+# Tests that need no KVM. The guest image comes first: making it installs the libraries that the agent is linked with.
+test-unit: guest-image
     cargo test -q --workspace
 
 # Real guests, in the lab or on this machine's /dev/kvm: ./just test-e2e [CASE...]

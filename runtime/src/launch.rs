@@ -14,8 +14,9 @@ use crate::limits;
 use crate::membership::{self, Membership, MembershipError};
 use crate::process::terminal::WindowSize;
 use crate::sandbox::image::{GuestImage, ImageError};
-use crate::sandbox::plan::{Plan, PlanError, SharedNamespaces, SizeOptions};
-use crate::sandbox::size::Size;
+use crate::sandbox::plan::{Plan, PlanError, SharedNamespaces};
+use crate::sandbox::size::{Size, SizeOptions};
+use crate::settings::{Settings, SettingsError};
 use crate::standin::{self, Namespaces};
 use crate::state::{Id, Record, StateRoot};
 
@@ -31,6 +32,9 @@ pub enum LaunchError {
     /// What the guest boots.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// What an administrator has settled, or a container asks for.
+    #[error(transparent)]
+    Settings(#[from] SettingsError),
     /// Whose sandbox it is to join.
     #[error(transparent)]
     Membership(#[from] MembershipError),
@@ -63,6 +67,8 @@ pub enum LaunchError {
 pub struct Options {
     /// RAM and vCPUs.
     pub size: SizeOptions,
+    /// What an administrator has settled for all.
+    pub settings: Settings,
     /// The guest's kernel.
     pub kernel: Option<PathBuf>,
     /// The guest's initramfs.
@@ -116,8 +122,11 @@ impl Launch {
         }
         let pod = Membership::find(root, &bundle.spec)?;
         let shared = membership::shared_namespaces(root, &id, &bundle.spec)?;
-        let plan = Plan::new(&id, &bundle, options.size, &shared)?;
-        let image = GuestImage::find(options.kernel, options.initrd)?;
+        let annotations = bundle.spec.annotations().clone().unwrap_or_default();
+        let settings = options.settings.with_annotations(&annotations)?;
+        let plan = Plan::new(&id, &bundle, options.size.or(&settings), &shared)?;
+        let kernel = options.kernel.or_else(|| settings.kernel());
+        let image = GuestImage::find(kernel, options.initrd.or_else(|| settings.initrd()))?;
         let path = bundle.spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_deref());
         let cgroup = match geteuid().is_root() {
             true => Cgroup::plan(path, options.systemd_cgroup, id.as_str()).map_err(LaunchError::Cgroup)?,
@@ -132,13 +141,16 @@ impl Launch {
     ///
     /// # Errors
     /// Any [`LaunchError`].
-    pub fn empty(id: Id, folder: &Path, spec: Spec, systemd_cgroup: bool) -> Result<Self, LaunchError> {
+    pub fn empty(id: Id, folder: &Path, spec: Spec, options: Options) -> Result<Self, LaunchError> {
         let path = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_deref());
-        let cgroup = Cgroup::plan(path, systemd_cgroup, id.as_str()).map_err(LaunchError::Cgroup)?;
+        let cgroup = Cgroup::plan(path, options.systemd_cgroup, id.as_str()).map_err(LaunchError::Cgroup)?;
+        let annotations = spec.annotations().clone().unwrap_or_default();
+        let settings = options.settings.with_annotations(&annotations)?;
         let bundle = Bundle { path: folder.into(), rootfs: folder.into(), spec, unhonoured: Vec::new() };
-        let plan = Plan::new(&id, &bundle, SizeOptions::default(), &SharedNamespaces::new())?;
-        let image = GuestImage::find(None, None)?;
-        Ok(Self { id, bundle, plan, pod: None, image, console: false, cgroup })
+        let plan = Plan::new(&id, &bundle, options.size.or(&settings), &SharedNamespaces::new())?;
+        let kernel = options.kernel.or_else(|| settings.kernel());
+        let image = GuestImage::find(kernel, options.initrd.or_else(|| settings.initrd()))?;
+        Ok(Self { id, bundle, plan, pod: None, image, console: options.console, cgroup })
     }
 
     /// The same with its stand-in.

@@ -13,6 +13,7 @@ pub mod pod;
 pub mod process;
 pub mod sandbox;
 pub mod service;
+pub mod settings;
 pub mod shim;
 pub mod standin;
 pub mod state;

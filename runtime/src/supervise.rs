@@ -214,6 +214,16 @@ impl Work<'_> {
         pod: &mut Option<Arc<Pod>>,
         exits: &dyn Fn() -> u64,
     ) -> Result<Exit, PodError> {
+        let end = match &self.mode {
+            Some(Mode::Served(served)) => Some(served.end.clone()),
+            _ => None,
+        };
+        let called_off = async {
+            match end {
+                Some(end) => ended(end).await,
+                None => std::future::pending().await,
+            }
+        };
         let signals = outside.signals.listen().map_err(|error| PodError::Signals(io::Error::other(error)))?;
         let made = async {
             let hostname = self.launch.bundle.spec.hostname().clone().unwrap_or_default();
@@ -233,6 +243,7 @@ impl Work<'_> {
                         link: Some(link),
                         journal: outside.journal,
                         cgroup: self.launch.cgroup.clone(),
+                        is_first: true,
                     };
                     Ok(pod.create(new).await?)
                 }
@@ -249,6 +260,7 @@ impl Work<'_> {
         let (pod, first, _server) = tokio::select! {
             made = made => made?,
             interrupted = interrupted(&signals) => return Err(interrupted),
+            () = called_off => return Err(PodError::State("it was called off".into())),
         };
         let mut foreground = false;
         match self.mode.take() {
@@ -320,10 +332,15 @@ async fn lost(process: Option<&Arc<Process>>) -> AgentError {
 /// Returns when the pod is to end: when it is told so, or with its last container.
 async fn over(pod: &Pod, end: Option<watch::Receiver<bool>>) {
     match end {
-        // Whoever could say so is gone: nobody needs the pod any more.
-        Some(mut end) => drop(end.wait_for(|end| *end).await),
+        Some(end) => ended(end).await,
         None => pod.deserted().await,
     }
+}
+
+/// Returns when a pod is to end.
+async fn ended(mut end: watch::Receiver<bool>) {
+    // Whoever could say so is gone: nobody needs the pod any more.
+    drop(end.wait_for(|end| *end).await);
 }
 
 /// Runs the hooks that follow the start; the container is not to run if one fails.

@@ -250,6 +250,7 @@ fn run(setup: Setup, program: impl FnOnce(HashMap<i32, UnixStream>, &Guest) -> u
             link: None,
             journal,
             cgroup: None,
+            is_first: true,
         };
         let lives = async {
             let process = pod.create(new).await?;

@@ -23,6 +23,9 @@ pub struct Global {
     /// Folder for the state of running containers [default: /run/katavm, or $XDG_RUNTIME_DIR/katavm for a user who is not root]
     #[arg(long, global = true, value_name = "DIR")]
     pub root: Option<PathBuf>,
+    /// The configuration; files in config.d beside it are read as well [default: /etc/katavm/config.toml, if it is there]
+    #[arg(long, global = true, value_name = "FILE")]
+    pub config: Option<PathBuf>,
     /// Write warnings and other messages to this file, and nowhere else
     #[arg(long, global = true, value_name = "FILE")]
     pub log: Option<PathBuf>,
@@ -105,6 +108,16 @@ pub enum Command {
     Check(Check),
     /// Remove what killed sandboxes have left behind
     Gc,
+    /// Look at the configuration
+    #[command(subcommand)]
+    Config(Config),
+}
+
+/// What to do with the configuration.
+#[derive(Debug, Subcommand)]
+pub enum Config {
+    /// Print it as it is in effect, and where each value comes from
+    Show,
 }
 
 /// The one argument of commands that need nothing else.

@@ -13,7 +13,7 @@ use crate::launch::Launch;
 pub fn create(global: &Global, options: Create) -> anyhow::Result<u8> {
     let Create { id, front, machine } = options;
     let bundle = front.bundle.as_deref().unwrap_or(Path::new("."));
-    let launch = Launch::plan(&state_root(global)?, id, bundle, launch_options(global, machine, false))?;
+    let launch = Launch::plan(&state_root(global)?, id, bundle, launch_options(global, machine, false)?)?;
     background::make(global, &launch, &front)?;
     Ok(0)
 }

@@ -3,6 +3,7 @@
 mod arguments;
 mod background;
 mod check;
+mod config;
 mod console;
 mod control;
 mod create;
@@ -27,12 +28,12 @@ use clap::{CommandFactory, Parser};
 
 use crate::host;
 use crate::launch;
-use crate::sandbox::plan::SizeOptions;
+use crate::sandbox::size::SizeOptions;
+use crate::settings::Settings;
 use crate::state::{Found, Id, StateRoot};
 use crate::timings::Timings;
 pub use arguments::LogFormat;
-use arguments::{Arguments, Command, Global, Machine};
-pub use delete::by_force as delete_by_force;
+use arguments::{Arguments, Command, Config, Global, Machine};
 pub use features::described_features;
 pub use messages::log_to;
 
@@ -95,6 +96,7 @@ fn dispatch(arguments: Arguments, timings: Timings) -> anyhow::Result<u8> {
         Command::Features => features::features(),
         Command::Check(options) => Ok(check::check(&global, &options)),
         Command::Gc => gc::gc(&global),
+        Command::Config(Config::Show) => config::show(&global),
     }
 }
 
@@ -113,8 +115,9 @@ fn find(global: &Global, id: &Id) -> anyhow::Result<Found> {
     Ok(state_root(global)?.find(id)?)
 }
 
-fn launch_options(global: &Global, machine: Machine, console: bool) -> launch::Options {
+fn launch_options(global: &Global, machine: Machine, console: bool) -> anyhow::Result<launch::Options> {
     let Machine { cpus, memory, kernel, initrd } = machine;
-    let size = SizeOptions { memory, cpus };
-    launch::Options { size, kernel, initrd, console, systemd_cgroup: global.systemd_cgroup }
+    let settings = Settings::load(global.config.as_deref())?;
+    let size = SizeOptions { memory, cpus, ..Default::default() };
+    Ok(launch::Options { size, kernel, initrd, console, systemd_cgroup: global.systemd_cgroup, settings })
 }

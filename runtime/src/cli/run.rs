@@ -29,7 +29,7 @@ pub fn run(global: &Global, options: Run, mut timings: Timings) -> anyhow::Resul
     let (bundle, id) = target(&options)?;
     let Run { detach, keep, front, machine, console, timings: told, .. } = options;
     let root = state_root(global)?;
-    let launch = Launch::plan(&root, id, &bundle, launch_options(global, machine, console))?;
+    let launch = Launch::plan(&root, id, &bundle, launch_options(global, machine, console)?)?;
     if detach {
         background::make(global, &launch, &front)?;
         if let Err(error) = control::start(global, &launch.id) {
@@ -72,6 +72,8 @@ pub fn run(global: &Global, options: Run, mut timings: Timings) -> anyhow::Resul
         has_terminal: terminal.is_some(),
         terminal: terminal.map(Arc::new),
         fallback_size: launch.console_size(),
+        patience: None,
+        held: Vec::new(),
     };
     let outside = Outside { io: Some(io), stand_in, signals, journal, directory };
     let outcome = supervise::supervise(&launch, outside, Mode::Foreground, &mut timings);

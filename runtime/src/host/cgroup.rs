@@ -44,7 +44,7 @@ impl Cgroup {
     /// # Errors
     /// That this process' own cannot be found, or that `path` is none of systemd's.
     pub fn plan(path: Option<&Path>, systemd: bool, id: &str) -> io::Result<Option<Self>> {
-        if !matches!(get_cgroup_setup(), Ok(CgroupSetup::Unified)) {
+        if !has_cgroup_v2() {
             return Ok(None);
         }
         let path = match path {
@@ -216,6 +216,12 @@ fn set_io_weight(resources: &mut LinuxResources) {
     let mut unified = resources.unified().clone().unwrap_or_default();
     unified.entry("io.weight".into()).or_insert_with(|| weight.to_string());
     resources.set_unified(Some(unified));
+}
+
+/// Whether this host has cgroup v2 alone.
+#[must_use]
+pub fn has_cgroup_v2() -> bool {
+    matches!(get_cgroup_setup(), Ok(CgroupSetup::Unified))
 }
 
 /// The folder of a group.

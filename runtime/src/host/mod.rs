@@ -15,7 +15,7 @@ mod netns;
 mod processes;
 mod users;
 
-pub use cgroup::Cgroup;
+pub use cgroup::{Cgroup, has_cgroup_v2};
 pub use clock::now_ns;
 pub use code::let_go_of_code;
 pub use files::{FileKind, identity, may_use_directory, open_shared, scratch_file, system_message};

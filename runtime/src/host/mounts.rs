@@ -1,9 +1,12 @@
 //! Mounts in the mount namespace of the calling process.
 
+use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::thread;
 
+use nix::sched::{CloneFlags, unshare};
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
 use rustix::mount::{
     MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount_change,
@@ -24,7 +27,7 @@ pub fn receive_mounts_only() -> io::Result<()> {
 
 /// Options of mount(8) that are flags of mount(2), and whether they set or clear them; the first two columns of its
 /// table of options that are for all file systems.
-const FLAGS: [(&str, MountFlags, bool); 16] = [
+const FLAGS: [(&str, MountFlags, bool); 21] = [
     ("ro", MountFlags::RDONLY, true),
     ("rw", MountFlags::RDONLY, false),
     ("nosuid", MountFlags::NOSUID, true),
@@ -34,10 +37,15 @@ const FLAGS: [(&str, MountFlags, bool); 16] = [
     ("noexec", MountFlags::NOEXEC, true),
     ("exec", MountFlags::NOEXEC, false),
     ("noatime", MountFlags::NOATIME, true),
+    ("atime", MountFlags::NOATIME, false),
     ("nodiratime", MountFlags::NODIRATIME, true),
+    ("diratime", MountFlags::NODIRATIME, false),
     ("relatime", MountFlags::RELATIME, true),
+    ("norelatime", MountFlags::RELATIME, false),
     ("strictatime", MountFlags::STRICTATIME, true),
+    ("nostrictatime", MountFlags::STRICTATIME, false),
     ("sync", MountFlags::SYNCHRONOUS, true),
+    ("async", MountFlags::SYNCHRONOUS, false),
     ("dirsync", MountFlags::DIRSYNC, true),
     ("silent", MountFlags::SILENT, true),
     ("defaults", MountFlags::empty(), true),
@@ -45,6 +53,8 @@ const FLAGS: [(&str, MountFlags, bool); 16] = [
 
 /// What mount(2) reads of a file system's own options: a page.
 const LONGEST_OPTIONS: usize = 4096;
+/// The option of overlayfs that lists its layers.
+const LAYERS: &str = "lowerdir=";
 
 /// Mounts as mount(8) does with these options; `bind`, `rbind` and `loop` are options as well.
 ///
@@ -62,15 +72,22 @@ pub fn mount(kind: &str, source: &str, options: &[String], target: &Path) -> io:
         }
     }
     let Some(recursive) = bind else {
-        let data = std::ffi::CString::new(data.join(","))?;
-        if data.as_bytes_with_nul().len() > LONGEST_OPTIONS {
-            // mount(2) would cut them off, and a shorter list of layers may be a wrong one.
-            let reason = format!("its options are longer than {LONGEST_OPTIONS} bytes");
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
-        }
         let device = is_file.then(|| Loop::over(Path::new(source), flags.contains(MountFlags::RDONLY))).transpose()?;
-        let source = device.as_ref().map_or(Path::new(source), Loop::path);
-        return Ok(rustix::mount::mount(source, target, kind, flags, data.as_c_str())?);
+        let source = device.as_ref().and_then(|device| device.path().to_str()).unwrap_or(source);
+        let joined = data.join(",");
+        let is_long = joined.len() >= LONGEST_OPTIONS;
+        return match is_long.then(|| relative_layers(&data)).flatten() {
+            None => mount_with(kind, source, flags, &joined, target),
+            // By a thread with a current directory of its own: that of the process is all others'.
+            Some((folder, data)) => thread::scope(|scope| {
+                let mounted = scope.spawn(|| {
+                    unshare(CloneFlags::CLONE_FS)?;
+                    chdir(&folder)?;
+                    mount_with(kind, source, flags, &data.join(","), target)
+                });
+                mounted.join().unwrap_or_else(|_| Err(io::Error::other("the thread that mounts has died")))
+            }),
+        };
     };
     let bound = if recursive { rustix::mount::mount_bind_recursive } else { rustix::mount::mount_bind };
     bound(source, target)?;
@@ -80,6 +97,30 @@ pub fn mount(kind: &str, source: &str, options: &[String], target: &Path) -> io:
     // A bind mount takes its flags by a second call (mount(2), NOTES).
     let remounted = mount_remount(target, flags | MountFlags::BIND, c"");
     Ok(remounted.inspect_err(|_| drop(unmount(target)))?)
+}
+
+fn mount_with(kind: &str, source: &str, flags: MountFlags, data: &str, target: &Path) -> io::Result<()> {
+    if data.len() >= LONGEST_OPTIONS {
+        // mount(2) would cut them off, and a shorter list of layers may be a wrong one.
+        let reason = format!("its options are longer than {LONGEST_OPTIONS} bytes");
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
+    }
+    Ok(rustix::mount::mount(source, target, kind, flags, CString::new(data)?.as_c_str())?)
+}
+
+/// Options of overlayfs with its layers relative to the deepest folder that has them all, and that folder. Nothing if there
+/// is none, or if a layer's name is escaped.
+fn relative_layers(options: &[&str]) -> Option<(PathBuf, Vec<String>)> {
+    let layers = options.iter().find_map(|option| option.strip_prefix(LAYERS)).filter(|list| !list.contains('\\'))?;
+    let layers: Vec<&Path> = layers.split(':').map(Path::new).collect();
+    let mut folder = layers.first().filter(|_| layers.iter().all(|layer| layer.is_absolute()))?.parent()?;
+    while !layers.iter().all(|layer| layer.starts_with(folder) && *layer != folder) {
+        folder = folder.parent()?;
+    }
+    let relative: Option<Vec<&str>> = layers.iter().map(|layer| layer.strip_prefix(folder).ok()?.to_str()).collect();
+    let relative = format!("{LAYERS}{}", relative?.join(":"));
+    let shorter = |option: &&str| if option.starts_with(LAYERS) { relative.clone() } else { (*option).to_owned() };
+    Some((folder.to_owned(), options.iter().map(shorter).collect()))
 }
 
 /// Takes off the topmost mount at `target`, whoever still uses it.
@@ -167,4 +208,25 @@ pub fn change_root(tree: &OwnedFd, staging: &Path) -> io::Result<()> {
     rustix::mount::unmount(".", UnmountFlags::DETACH)?;
     chdir("/")?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layers_become_relative_to_what_they_share() {
+        let options = ["index=off", "lowerdir=/s/snapshots/12/fs:/s/snapshots/1/fs", "upperdir=/s/snapshots/13/fs"];
+        let (folder, shorter) = relative_layers(&options).unwrap();
+        assert_eq!(folder, Path::new("/s/snapshots"));
+        assert_eq!(shorter, ["index=off", "lowerdir=12/fs:1/fs", "upperdir=/s/snapshots/13/fs"]);
+        let (folder, shorter) = relative_layers(&["lowerdir=/a:/b/c"]).unwrap();
+        assert_eq!((folder.as_path(), shorter), (Path::new("/"), vec!["lowerdir=a:b/c".to_owned()]));
+        // One layer within another.
+        let (folder, shorter) = relative_layers(&["lowerdir=/l/a:/l/a/b"]).unwrap();
+        assert_eq!((folder.as_path(), shorter), (Path::new("/l"), vec!["lowerdir=a:a/b".to_owned()]));
+        for none in [["lowerdir=/a\\:b:/c"], ["lowerdir=relative:/c"], ["upperdir=/x"]] {
+            assert!(relative_layers(&none).is_none(), "{none:?}");
+        }
+    }
 }

@@ -27,6 +27,8 @@ pub struct Container {
     cgroup: Option<Cgroup>,
     /// Out-of-memory kills.
     kills: Kills,
+    /// What is written down about it holds for the sandbox, too.
+    is_first: bool,
 }
 
 impl Container {
@@ -36,6 +38,7 @@ impl Container {
         exports: Exports,
         journal: Journal,
         cgroup: Option<Cgroup>,
+        is_first: bool,
     ) -> Self {
         let container = Self {
             id,
@@ -45,6 +48,7 @@ impl Container {
             journal: Mutex::new(journal),
             cgroup,
             kills: Kills::new(),
+            is_first,
         };
         container.note(Status::Created);
         container
@@ -151,9 +155,19 @@ impl Container {
         self.init.dismiss_stand_in().await;
     }
 
+    /// Whether the sandbox was made for it.
+    pub(super) fn is_first(&self) -> bool {
+        self.is_first
+    }
+
     /// Removes what was written down about it.
     pub(super) fn forget(&self) {
         self.journal().forget();
+    }
+
+    /// Keeps that for the sandbox alone, until this is dropped.
+    pub(super) fn retire(&self) {
+        self.journal().retire();
     }
 
     /// It stays until it is deleted, whatever happens to its sandbox process.

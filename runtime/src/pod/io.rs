@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use katavm_protocol::agent::Stdio;
 
@@ -20,13 +21,25 @@ pub struct Io {
     pub terminal: Option<Arc<Terminal>>,
     /// The size of a terminal that does not know its own.
     pub fallback_size: WindowSize,
+    /// How long the news of the process' end wait for output that nobody reads, counted from when something was read
+    /// last; without end if this says nothing.
+    pub patience: Option<Duration>,
+    /// Held open until the process is removed.
+    pub held: Vec<OwnedFd>,
 }
 
 impl Io {
     /// Streams without a terminal.
     #[must_use]
     pub fn plain(stdio: Inherited) -> Self {
-        Self { stdio, has_terminal: false, terminal: None, fallback_size: WindowSize::default() }
+        Self {
+            stdio,
+            has_terminal: false,
+            terminal: None,
+            fallback_size: WindowSize::default(),
+            patience: None,
+            held: Vec::new(),
+        }
     }
 
     /// A terminal that is in the guest alone: its two directions are standard input and output.
@@ -43,7 +56,7 @@ impl Io {
         let terminal = Terminal::new(&slave)?;
         let other = slave.try_clone().map_err(TerminalError::Mode)?;
         let stdio = Inherited { stdin: Some(slave), stdout: Some(other), stderr: None };
-        Ok(Self { stdio, has_terminal: true, terminal: Some(Arc::new(terminal)), fallback_size })
+        Ok(Self { terminal: Some(Arc::new(terminal)), fallback_size, ..Self::guest_terminal(stdio) })
     }
 
     /// The terminal's size.

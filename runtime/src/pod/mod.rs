@@ -108,6 +108,8 @@ pub struct NewContainer {
     /// The control group on the host that its limits hold for as well; nothing if that is another container's, or if
     /// there is none.
     pub cgroup: Option<Cgroup>,
+    /// The sandbox was made for it: its state directory and control group are the sandbox' as well.
+    pub is_first: bool,
 }
 
 /// A sandbox that is ready, and its containers by their ids.
@@ -119,6 +121,8 @@ pub struct Pod {
     /// What of the host the guest sees.
     share: FsShare,
     containers: Mutex<BTreeMap<String, Arc<Container>>>,
+    /// The first one once it was removed: its state directory and control group stay with the sandbox.
+    retired: Mutex<Option<Arc<Container>>>,
     /// How many containers have a first process that has not ended; changes when one is made or ends.
     alive: Sender<usize>,
     /// How many watch a container.
@@ -140,10 +144,11 @@ impl Pod {
         hostname: &str,
     ) -> Result<(Arc<Self>, Ready), PodError> {
         let (agent, ready) = sandbox.prepare(ready, hostname).await?;
-        let (containers, alive, watchers) = (Mutex::default(), Sender::new(0), Sender::new(0));
+        let (containers, retired) = (Mutex::default(), Mutex::default());
+        let (alive, watchers) = (Sender::new(0), Sender::new(0));
         let followed = AtomicBool::new(false);
         let sandbox = Arc::clone(sandbox);
-        let pod = Self { sandbox, agent, network, share, containers, alive, watchers, followed };
+        let pod = Self { sandbox, agent, network, share, containers, retired, alive, watchers, followed };
         pod.update_network().await?;
         Ok((Arc::new(pod), ready))
     }
@@ -176,7 +181,7 @@ impl Pod {
     /// # Errors
     /// Any [`PodError`]; nothing is left of it then.
     pub async fn create(self: &Arc<Self>, new: NewContainer) -> Result<Arc<Process>, PodError> {
-        let NewContainer { id, spec, exports, io, link, journal, cgroup } = new;
+        let NewContainer { id, spec, exports, io, link, journal, cgroup, is_first } = new;
         if self.containers().contains_key(&id) {
             return Err(PodError::Exists(format!("container {id}")));
         }
@@ -201,7 +206,7 @@ impl Pod {
                 return Err(error);
             }
         };
-        let container = Arc::new(Container::new(id.clone(), Arc::clone(&process), shared, journal, cgroup));
+        let container = Arc::new(Container::new(id.clone(), Arc::clone(&process), shared, journal, cgroup, is_first));
         self.containers().insert(id, Arc::clone(&container));
         self.alive.send_modify(|alive| *alive += 1);
         let pod = Arc::clone(self);
@@ -382,10 +387,16 @@ impl Pod {
             )));
         }
         // With the sandbox everything of it in the guest has gone.
-        if !self.sandbox.has_ended() {
+        let goes_on = !self.sandbox.has_ended();
+        if goes_on {
             self.agent.remove_container(container_id).await?;
         }
-        container.forget();
+        if goes_on && container.is_first() {
+            container.retire();
+            *self.retired.lock().unwrap_or_else(PoisonError::into_inner) = Some(container);
+        } else {
+            container.forget();
+        }
         self.containers().remove(container_id);
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! A process in a container: the container's first, or a further one (exec).
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -10,13 +10,16 @@ use tokio::sync::watch;
 use super::streams::Streams;
 use super::{Io, PodError};
 use crate::link::{FromStandIn, Link, ToStandIn};
-use crate::process::stdio::Inherited;
+use crate::process::stdio::{Inherited, OutputStop};
 use crate::process::terminal::{RawMode, Terminal, WindowSize};
-use crate::sandbox::Sandbox;
 use crate::sandbox::agent::{Agent, AgentError};
+use crate::sandbox::{Sandbox, SandboxError};
 
-/// How long the end of a further process waits for what it wrote to arrive.
+/// How long the news of the end of a further process wait for what it wrote, counted from when something has arrived
+/// last: what it started may hold its streams open.
 const EXEC_PATIENCE: Duration = Duration::from_secs(3);
+/// How long at all: what it started may write, too.
+const EXEC_LONGEST: Duration = Duration::from_secs(10);
 
 /// How far a process is.
 #[derive(Clone, Debug, PartialEq)]
@@ -45,6 +48,10 @@ pub struct Process {
     exited: AtomicBool,
     /// Why its end cannot be heard of any more.
     lost: watch::Sender<Option<AgentError>>,
+    /// Bytes of its output that have arrived.
+    moved: Arc<AtomicU64>,
+    /// End its output.
+    stops: Vec<OutputStop>,
     /// Nobody waits any longer for what it wrote last.
     given_up: watch::Sender<bool>,
 }
@@ -59,7 +66,9 @@ impl Process {
         io: Io,
         link: Option<Link>,
     ) -> Result<Arc<Self>, PodError> {
-        let streams = Streams::connect(sandbox, container_id, exec_id, &io).await?;
+        let moved = Arc::default();
+        let mut streams = Streams::connect(sandbox, container_id, exec_id, &io, &moved).await?;
+        let stops = streams.take_stops();
         // The streams have duplicates, which go when they end: whoever reads the other end of a pipe hears of that.
         let io = Io { stdio: Inherited { stdin: None, stdout: None, stderr: None }, ..io };
         let size = Mutex::new(io.size());
@@ -75,6 +84,8 @@ impl Process {
             size,
             exited: AtomicBool::new(false),
             lost: watch::Sender::new(None),
+            moved,
+            stops,
             given_up: watch::Sender::new(false),
         }))
     }
@@ -166,12 +177,15 @@ impl Process {
             exit = self.agent.wait(&self.container_id, &self.exec_id) => match exit {
                 Ok(exit) => {
                     self.exited.store(true, Ordering::Relaxed);
-                    if self.exec_id.is_empty() {
+                    // What has not arrived when this is over goes on by itself.
+                    match (self.exec_id.is_empty(), self.io.patience) {
                         // The others of its pid namespace have ended with it: nobody holds its streams open.
-                        self.drain().await;
-                    } else {
-                        // What it started may hold them open for as long as the container lives; they go on by themselves.
-                        let _ = tokio::time::timeout(EXEC_PATIENCE, self.drain()).await;
+                        (true, None) => self.drain().await,
+                        (true, Some(patience)) => self.drain_while_read(patience).await,
+                        (false, _) => {
+                            let drained = self.drain_while_read(EXEC_PATIENCE);
+                            let _ = tokio::time::timeout(EXEC_LONGEST, drained).await;
+                        }
                     }
                     self.end(exit);
                 }
@@ -230,6 +244,25 @@ impl Process {
             // The sender lives in this process.
             _ = given_up.wait_for(|given_up| *given_up) => {}
         }
+    }
+
+    /// The same, as long as something arrives within `patience`.
+    async fn drain_while_read(&self, patience: Duration) {
+        let drained = self.drain();
+        tokio::pin!(drained);
+        loop {
+            let before = self.moved.load(Ordering::Relaxed);
+            let over = tokio::time::timeout(patience, &mut drained).await.is_ok();
+            if over || self.moved.load(Ordering::Relaxed) == before {
+                return;
+            }
+        }
+    }
+
+    /// Ends its output: what has not arrived, and does not within `patience`, is lost. It has ended.
+    pub async fn close_output(&self, patience: Duration) {
+        self.drain_while_read(patience).await;
+        self.stops.iter().for_each(OutputStop::stop);
     }
 
     /// Does not wait any longer for what it wrote last.
@@ -305,7 +338,7 @@ fn report(result: Result<(), PodError>, what: &str) {
     match result {
         Ok(()) => {}
         Err(PodError::State(reason)) => log::debug!("cannot {what}: {reason}"),
-        Err(PodError::Sandbox(crate::sandbox::SandboxError::Agent(AgentError::Refused(reason)))) => {
+        Err(PodError::Sandbox(SandboxError::Agent(AgentError::Refused { reason, .. }))) => {
             log::debug!("cannot {what}: {reason}");
         }
         Err(error) => log::warn!("cannot {what}: {error}"),

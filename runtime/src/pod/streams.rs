@@ -3,13 +3,15 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use katavm_protocol::agent::{StreamHello, StreamKind, StreamReply};
 use katavm_protocol::{frame, ports};
 use tokio::sync::oneshot;
 
 use super::{Io, PodError};
-use crate::process::stdio::{InputPump, OutputEnd, pump_input, pump_output};
+use crate::process::stdio::{InputPump, OutputEnd, OutputPump, OutputStop, pump_input, pump_output};
 use crate::sandbox::vm::Dial;
 use crate::sandbox::{DIAL_PATIENCE, Sandbox, blocking};
 
@@ -18,14 +20,22 @@ use crate::sandbox::{DIAL_PATIENCE, Sandbox, blocking};
 pub struct Streams {
     input: Option<InputPump>,
     outputs: Vec<(&'static str, oneshot::Receiver<OutputEnd>)>,
+    stops: Vec<OutputStop>,
 }
 
 impl Streams {
-    /// Connects all streams of a process that has not been started.
+    /// Connects all streams of a process that has not been started. The bytes that it writes are counted in `moved` when
+    /// they have arrived.
     ///
     /// # Errors
     /// Which of them cannot be had.
-    pub async fn connect(sandbox: &Sandbox, container_id: &str, exec_id: &str, io: &Io) -> Result<Self, PodError> {
+    pub async fn connect(
+        sandbox: &Sandbox,
+        container_id: &str,
+        exec_id: &str,
+        io: &Io,
+        moved: &Arc<AtomicU64>,
+    ) -> Result<Self, PodError> {
         let connect = |kind, name| async move {
             let hello = StreamHello {
                 container_id: container_id.into(),
@@ -48,7 +58,7 @@ impl Streams {
                 let pump = stream.try_clone().and_then(|stream| pump_input(name, stream, copy(source)?));
                 streams.input = Some(pump.map_err(failed(name))?);
             }
-            streams.outputs.push((name, pump_output(name, stream, sink).map_err(failed(name))?));
+            streams.add(name, pump_output(name, stream, sink, Arc::clone(moved)).map_err(failed(name))?);
             return Ok(streams);
         }
         let outputs = [
@@ -58,8 +68,8 @@ impl Streams {
         for (sink, kind, name) in outputs {
             if let Some(sink) = sink {
                 let stream = connect(kind, name).await?;
-                let end = copy(sink).and_then(|sink| pump_output(name, stream, sink));
-                streams.outputs.push((name, end.map_err(failed(name))?));
+                let pump = copy(sink).and_then(|sink| pump_output(name, stream, sink, Arc::clone(moved)));
+                streams.add(name, pump.map_err(failed(name))?);
             }
         }
         if let Some(source) = &stdio.stdin {
@@ -79,6 +89,16 @@ impl Streams {
     /// Ends the process' standard input.
     pub fn close_input(&mut self) {
         self.input = None;
+    }
+
+    fn add(&mut self, name: &'static str, pump: OutputPump) {
+        self.outputs.push((name, pump.end));
+        self.stops.push(pump.stop);
+    }
+
+    /// What ends the streams out of the container, whether all has arrived or not.
+    pub fn take_stops(&mut self) -> Vec<OutputStop> {
+        std::mem::take(&mut self.stops)
     }
 
     /// Returns when everything that the container has written has arrived.

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
@@ -55,18 +55,44 @@ fn unless_null(fd: BorrowedFd<'_>) -> io::Result<Option<OwnedFd>> {
 /// How a stream out of the container has ended.
 pub type OutputEnd = io::Result<()>;
 
-/// Moves what the container writes to `sink` until it has closed the stream; the receiver hears when all of it
-/// has arrived.
+/// A stream out of the container. It goes on when this is dropped.
+#[derive(Debug)]
+pub struct OutputPump {
+    /// Hears when all of it has arrived.
+    pub end: oneshot::Receiver<OutputEnd>,
+    /// Ends it.
+    pub stop: OutputStop,
+}
+
+/// Ends a stream out of the container.
+#[derive(Debug)]
+pub struct OutputStop {
+    event: Arc<OwnedFd>,
+    stream: UnixStream,
+}
+
+impl OutputStop {
+    /// Ends it, wherever it is: what the sink does not take at once is lost. A sink whose writes block is waited for.
+    pub fn stop(&self) {
+        // An eventfd far from overflow takes every write, and a stream that has ended needs no shutdown.
+        let _ = rustix::io::write(&self.event, &1_u64.to_ne_bytes());
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+}
+
+/// Moves what the container writes to `sink` until it has closed the stream, and counts the bytes in `moved`.
 ///
 /// When nobody reads `sink` any more, the stream is closed, and the container's next write fails as it would
 /// have with an ordinary pipe.
 ///
 /// # Errors
-/// When no thread can be made.
-pub fn pump_output(name: &str, mut stream: UnixStream, sink: OwnedFd) -> io::Result<oneshot::Receiver<OutputEnd>> {
+/// When no thread, eventfd or duplicate can be made.
+pub fn pump_output(name: &str, mut stream: UnixStream, sink: OwnedFd, moved: Arc<AtomicU64>) -> io::Result<OutputPump> {
     let (ended, end) = oneshot::channel();
+    let stopped = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
+    let stop = OutputStop { event: Arc::clone(&stopped), stream: stream.try_clone()? };
     thread::Builder::new().name(name.to_owned()).spawn(move || {
-        let result = copy(&mut stream, &sink);
+        let result = copy(&mut stream, &Sink { fd: sink, stopped, moved });
         // One that the guest has closed already needs no shutdown.
         let _ = stream.shutdown(Shutdown::Both);
         let result = match result {
@@ -76,15 +102,15 @@ pub fn pump_output(name: &str, mut stream: UnixStream, sink: OwnedFd) -> io::Res
         // Nobody waits for it when the guest has failed.
         let _ = ended.send(result);
     })?;
-    Ok(end)
+    Ok(OutputPump { end, stop })
 }
 
-fn copy(stream: &mut UnixStream, sink: &OwnedFd) -> io::Result<()> {
+fn copy(stream: &mut UnixStream, sink: &Sink) -> io::Result<()> {
     let mut buffer = vec![0; CHUNK];
     loop {
         match stream.read(&mut buffer) {
             Ok(0) => return Ok(()),
-            Ok(len) => write_all(sink, buffer.get(..len).unwrap_or_default())?,
+            Ok(len) => sink.write_all(buffer.get(..len).unwrap_or_default())?,
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             // The guest has ended without a word: what it sent before is here.
             Err(error) if error.kind() == ErrorKind::ConnectionReset => return Ok(()),
@@ -93,17 +119,36 @@ fn copy(stream: &mut UnixStream, sink: &OwnedFd) -> io::Result<()> {
     }
 }
 
-/// Writes to a descriptor that others may have set to not block.
-fn write_all(sink: &OwnedFd, mut bytes: &[u8]) -> io::Result<()> {
-    while !bytes.is_empty() {
-        match rustix::io::write(sink, bytes).map_err(io::Error::from) {
-            Ok(len) => bytes = bytes.get(len..).unwrap_or_default(),
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) if error.kind() == ErrorKind::WouldBlock => wait(&mut [PollFd::new(sink, PollFlags::OUT)])?,
-            Err(error) => return Err(error),
+/// Where a stream out of the container leads: a descriptor that others may have set to not block.
+struct Sink {
+    fd: OwnedFd,
+    stopped: Arc<OwnedFd>,
+    moved: Arc<AtomicU64>,
+}
+
+impl Sink {
+    fn write_all(&self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            match rustix::io::write(&self.fd, bytes).map_err(io::Error::from) {
+                Ok(len) => {
+                    bytes = bytes.get(len..).unwrap_or_default();
+                    self.moved.fetch_add(len.try_into().unwrap_or(u64::MAX), Ordering::Relaxed);
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => self.wait()?,
+                Err(error) => return Err(error),
+            }
         }
+        Ok(())
     }
-    Ok(())
+
+    /// Returns when it takes something; fails when the stream was stopped first.
+    fn wait(&self) -> io::Result<()> {
+        let mut fds = [PollFd::new(&self.fd, PollFlags::OUT), PollFd::new(&self.stopped, PollFlags::IN)];
+        wait(&mut fds)?;
+        let [ready, stopped] = fds.map(|fd| !fd.revents().is_empty());
+        if stopped && !ready { Err(io::Error::other("nobody reads what was written last")) } else { Ok(()) }
+    }
 }
 
 fn wait(fds: &mut [PollFd<'_>]) -> io::Result<()> {
@@ -208,7 +253,7 @@ mod tests {
     fn output_arrives_whole_through_a_slow_reader() {
         let (ours, mut guest) = UnixStream::pair().unwrap();
         let (mut reader, sink) = io::pipe().unwrap();
-        let end = pump_output("out", ours, sink.into()).unwrap();
+        let pump = pump_output("out", ours, sink.into(), Arc::default()).unwrap();
         let data = pattern(5_000_000);
         let sent = data.clone();
         let writer = thread::spawn(move || guest.write_all(&sent).unwrap());
@@ -223,7 +268,7 @@ mod tests {
         }
         writer.join().unwrap();
         assert!(received == data, "{} of {} bytes", received.len(), data.len());
-        end.blocking_recv().unwrap().unwrap();
+        pump.end.blocking_recv().unwrap().unwrap();
     }
 
     #[test]
@@ -231,36 +276,55 @@ mod tests {
         let (ours, mut guest) = UnixStream::pair().unwrap();
         let (mut reader, sink) = io::pipe().unwrap();
         rustix::io::ioctl_fionbio(&sink, true).unwrap();
-        let end = pump_output("out", ours, sink.into()).unwrap();
+        let pump = pump_output("out", ours, sink.into(), Arc::default()).unwrap();
         let data = pattern(1_000_000);
         let sent = data.clone();
         thread::spawn(move || guest.write_all(&sent).unwrap());
         let mut received = Vec::new();
         reader.read_to_end(&mut received).unwrap();
         assert!(received == data);
-        end.blocking_recv().unwrap().unwrap();
+        pump.end.blocking_recv().unwrap().unwrap();
     }
 
     #[test]
     fn a_reader_that_goes_closes_the_stream() {
         let (ours, mut guest) = UnixStream::pair().unwrap();
         let (reader, sink) = io::pipe().unwrap();
-        let end = pump_output("out", ours, sink.into()).unwrap();
+        let pump = pump_output("out", ours, sink.into(), Arc::default()).unwrap();
         drop(reader);
         // Some of it may be on its way before the other side notices.
         let error = (0..1000).find_map(|_| guest.write_all(&[0; 4096]).err()).expect("the stream stays open");
         // A socket that is closed before all was read from it says the latter, once (unix(7)).
         assert!(matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset), "{error}");
-        end.blocking_recv().unwrap().unwrap();
+        pump.end.blocking_recv().unwrap().unwrap();
+    }
+
+    #[test]
+    fn what_nobody_reads_can_be_stopped() {
+        let (ours, mut guest) = UnixStream::pair().unwrap();
+        let (reader, sink) = io::pipe().unwrap();
+        rustix::io::ioctl_fionbio(&sink, true).unwrap();
+        let moved = Arc::<AtomicU64>::default();
+        let pump = pump_output("out", ours, sink.into(), Arc::clone(&moved)).unwrap();
+        thread::spawn(move || while guest.write_all(&[0; 65536]).is_ok() {});
+        let mut before = u64::MAX;
+        while moved.load(Ordering::Relaxed) != before || before == 0 {
+            before = moved.load(Ordering::Relaxed);
+            thread::sleep(Duration::from_millis(50));
+        }
+        pump.stop.stop();
+        let error = pump.end.blocking_recv().unwrap().unwrap_err();
+        assert!(error.to_string().contains("nobody reads"), "{error}");
+        drop(reader);
     }
 
     #[test]
     fn a_full_disk_is_told() {
         let (ours, mut guest) = UnixStream::pair().unwrap();
         let full = File::options().write(true).open("/dev/full").unwrap();
-        let end = pump_output("out", ours, full.into()).unwrap();
+        let pump = pump_output("out", ours, full.into(), Arc::default()).unwrap();
         guest.write_all(b"x").unwrap();
-        assert_eq!(end.blocking_recv().unwrap().unwrap_err().raw_os_error(), Some(libc::ENOSPC));
+        assert_eq!(pump.end.blocking_recv().unwrap().unwrap_err().raw_os_error(), Some(libc::ENOSPC));
     }
 
     #[test]

@@ -28,8 +28,13 @@ const LATER: Duration = Duration::from_secs(5);
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum AgentError {
     /// It said no, and why.
-    #[error("{0}")]
-    Refused(String),
+    #[error("{reason}")]
+    Refused {
+        /// The kind of it.
+        code: ttrpc::Code,
+        /// For a person.
+        reason: String,
+    },
     /// It did not answer in time.
     #[error("the agent in the guest did not answer")]
     Silent,
@@ -54,7 +59,7 @@ impl From<ttrpc::Error> for AgentError {
     fn from(error: ttrpc::Error) -> Self {
         match error {
             ttrpc::Error::RpcStatus(status) if status.code() == ttrpc::Code::DEADLINE_EXCEEDED => Self::Silent,
-            ttrpc::Error::RpcStatus(status) => Self::Refused(status.message),
+            ttrpc::Error::RpcStatus(status) => Self::Refused { code: status.code(), reason: status.message },
             other => Self::Connection(other.to_string()),
         }
     }

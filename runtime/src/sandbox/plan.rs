@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use katavm_protocol::CONTAINER;
 use oci_spec::runtime::{LinuxIdMapping, LinuxNamespaceType, Mount, Spec};
 
-use super::size::{MemorySize, Size, SizeError};
+use super::size::{Size, SizeError, SizeOptions};
 use crate::config::Bundle;
 use crate::host::{self, FileKind, IdMap, IdRange, system_message};
 use crate::limits;
@@ -101,15 +101,6 @@ pub struct Plan {
     pub view: View,
 }
 
-/// What the command line says about the size.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct SizeOptions {
-    /// `--memory`
-    pub memory: Option<MemorySize>,
-    /// `--cpus`
-    pub cpus: Option<u32>,
-}
-
 /// Whose namespace of the same sandbox is shared.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Owner {
@@ -128,7 +119,7 @@ impl Plan {
     /// # Errors
     /// Any [`PlanError`].
     pub fn new(id: &Id, bundle: &Bundle, options: SizeOptions, shared: &SharedNamespaces) -> Result<Self, PlanError> {
-        let size = Size::plan(&bundle.spec, options.memory, options.cpus)?;
+        let size = Size::plan(&bundle.spec, options)?;
         let mut spec = bundle.spec.clone();
         // The root stays writable for the guest even if `root.readonly` is set: mount points that are missing in it
         // are made by the agent, as other runtimes do, before it becomes read-only for the container.

@@ -5,6 +5,8 @@ use std::str::FromStr;
 
 use oci_spec::runtime::Spec;
 
+use crate::settings::Settings;
+
 const MIB: u64 = 1 << 20;
 
 /// Guest RAM in MiB where neither the bundle nor the command line says how much.
@@ -69,6 +71,33 @@ impl fmt::Display for MemorySize {
     }
 }
 
+/// What is said about the size beside the bundle.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SizeOptions {
+    /// Memory, whatever the bundle's limit is.
+    pub memory: Option<MemorySize>,
+    /// vCPUs, whatever the bundle's limit is.
+    pub cpus: Option<u32>,
+    /// Memory without a limit.
+    pub default_memory: Option<MemorySize>,
+    /// vCPUs without a limit.
+    pub default_cpus: Option<u32>,
+}
+
+impl SizeOptions {
+    /// The same, where it says nothing with what the settings say.
+    #[must_use]
+    pub fn or(self, settings: &Settings) -> Self {
+        let (memory, cpus) = (settings.memory(), settings.cpus());
+        Self {
+            memory: self.memory.or(memory.by_container),
+            cpus: self.cpus.or(cpus.by_container),
+            default_memory: self.default_memory.or(memory.otherwise),
+            default_cpus: self.default_cpus.or(cpus.otherwise),
+        }
+    }
+}
+
 /// The size of a sandbox.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Size {
@@ -79,19 +108,23 @@ pub struct Size {
 }
 
 impl Size {
-    /// From the bundle's limits, unless `memory` or `cpus` overrule them.
+    /// From the bundle's limits, and what is said beside it.
     ///
     /// # Errors
     /// Any [`SizeError`].
-    pub fn plan(spec: &Spec, memory: Option<MemorySize>, cpus: Option<u32>) -> Result<Self, SizeError> {
-        let mib = memory.map_or_else(|| memory_for(memory_limit(spec)), |size| size.mib);
+    pub fn plan(spec: &Spec, options: SizeOptions) -> Result<Self, SizeError> {
+        let limit = memory_limit(spec);
+        let memory = options.memory.or(options.default_memory.filter(|_| limit.is_none()));
+        let mib = memory.map_or_else(|| memory_for(limit), |size| size.mib);
         if mib < MINIMUM_MEMORY_MIB.into() {
             return Err(SizeError::TooSmall(mib));
         }
         let memory_mib = u32::try_from(mib).map_err(|_| SizeError::TooLarge(mib))?;
+        let limit = cpu_limit(spec);
+        let cpus = options.cpus.or(options.default_cpus.filter(|_| limit.is_none()));
         let vcpus = match cpus {
             Some(count) => u8::try_from(count).ok().filter(|count| (1..=MAXIMUM_VCPUS).contains(count)),
-            None => Some(vcpus_for(cpu_limit(spec))),
+            None => Some(vcpus_for(limit)),
         };
         let vcpus = vcpus.ok_or(SizeError::Cpus(cpus.unwrap_or_default()))?;
         Ok(Self { memory_mib, vcpus })
@@ -137,7 +170,7 @@ mod tests {
     }
 
     fn plan(resources: Value) -> Size {
-        Size::plan(&spec(resources), None, None).unwrap()
+        Size::plan(&spec(resources), SizeOptions::default()).unwrap()
     }
 
     #[test]
@@ -150,6 +183,19 @@ mod tests {
         for text in ["", "G", "1.5G", "-1", "512K", "1x", "99999999999999999999", "18446744073709551615G"] {
             assert_eq!(text.parse::<MemorySize>(), Err(MemorySizeError), "{text}");
         }
+    }
+
+    fn options(memory: Option<MemorySize>, cpus: Option<u32>) -> SizeOptions {
+        SizeOptions { memory, cpus, ..Default::default() }
+    }
+
+    #[test]
+    fn other_defaults_hold_where_there_are_no_limits() {
+        let options = SizeOptions { default_memory: "1G".parse().ok(), default_cpus: Some(3), ..Default::default() };
+        let planned = |resources| Size::plan(&spec(resources), options).unwrap();
+        assert_eq!(planned(json!({})), Size { memory_mib: 1024, vcpus: 3 });
+        let limits = json!({ "memory": { "limit": 256 << 20 }, "cpu": { "quota": 200_000, "period": 100_000 } });
+        assert_eq!(planned(limits.clone()), plan(limits));
     }
 
     #[test]
@@ -178,11 +224,11 @@ mod tests {
     fn the_command_line_overrules_and_is_checked() {
         let spec = spec(json!({ "memory": { "limit": 1 << 30 } }));
         let memory = |text: &str| Some(text.parse().unwrap());
-        assert_eq!(Size::plan(&spec, memory("200M"), Some(4)), Ok(Size { memory_mib: 200, vcpus: 4 }));
-        assert_eq!(Size::plan(&spec, memory("10"), None), Err(SizeError::TooSmall(10)));
-        assert!(matches!(Size::plan(&spec, memory("9999999T"), None), Err(SizeError::TooLarge(_))));
+        assert_eq!(Size::plan(&spec, options(memory("200M"), Some(4))), Ok(Size { memory_mib: 200, vcpus: 4 }));
+        assert_eq!(Size::plan(&spec, options(memory("10"), None)), Err(SizeError::TooSmall(10)));
+        assert!(matches!(Size::plan(&spec, options(memory("9999999T"), None)), Err(SizeError::TooLarge(_))));
         for cpus in [0, 33, 256, 257] {
-            assert_eq!(Size::plan(&spec, None, Some(cpus)), Err(SizeError::Cpus(cpus)));
+            assert_eq!(Size::plan(&spec, options(None, Some(cpus))), Err(SizeError::Cpus(cpus)));
         }
     }
 }

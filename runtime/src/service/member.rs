@@ -1,13 +1,12 @@
 //! A further container in a sandbox that is there.
 
-use std::path::Path;
-
-use super::share;
+use super::{ShortPath, share};
 use crate::config::Bundle;
 use crate::link::Link;
 use crate::membership::shared_namespaces;
 use crate::pod::{Io, NewContainer};
-use crate::sandbox::plan::{Plan, SizeOptions};
+use crate::sandbox::plan::Plan;
+use crate::sandbox::size::SizeOptions;
 use crate::state::{Journal, Record, StateDir};
 
 /// What a pod needs to make it, from its bundle and the state that was claimed for it. It is reached by the sockets in
@@ -16,7 +15,7 @@ use crate::state::{Journal, Record, StateDir};
 /// # Errors
 /// What cannot be had of it, or of whose namespaces it is to share.
 pub fn member(
-    directory: &Path,
+    directory: &ShortPath,
     bundle: &Bundle,
     state: StateDir,
     mut record: Record,
@@ -35,5 +34,6 @@ pub fn member(
         link,
         journal: Journal::new(state, record),
         cgroup: None,
+        is_first: false,
     })
 }

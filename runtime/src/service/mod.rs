@@ -23,7 +23,7 @@ use crate::pod::{Pod, PodError};
 pub use attach::Pending;
 pub use client::{Client, ClientError, Streams, Watch};
 pub use member::member;
-pub use task::{TaskService, refusal, timestamp, to_its_end};
+pub use task::{TaskService, metrics, refusal, timestamp, to_its_end};
 
 /// The Task API's socket.
 const TASK: &str = "task.sock";
@@ -45,7 +45,7 @@ pub async fn serve(pod: &Arc<Pod>, directory: &Path) -> Result<Service, PodError
     let short = ShortPath::of(directory).map_err(failed)?;
     let attach = attach::listen(&short.join(ATTACH), pod).map_err(failed)?;
     let listener = UnixListener::bind(short.join(TASK)).map_err(failed)?;
-    let service = Arc::new(TaskService::new(Arc::clone(pod), attach.pending(), directory.to_owned()));
+    let service = Arc::new(TaskService::new(Arc::clone(pod), attach.pending(), short));
     let server = serve_task(service, HashMap::new(), listener).await.map_err(failed)?;
     Ok(Service { _server: server, _attach: attach })
 }
@@ -77,19 +77,25 @@ pub async fn serve_task<T: Task + Send + Sync + 'static>(
 ///
 /// # Errors
 /// Those of link(2).
-fn share(directory: &Path, with: &Path) -> io::Result<()> {
+fn share(directory: &ShortPath, with: &Path) -> io::Result<()> {
     [TASK, ATTACH].iter().try_for_each(|name| std::fs::hard_link(directory.join(name), with.join(name)))
 }
 
-/// A directory by its descriptor, so that the paths of sockets in it are shorter than the 107 bytes that they may have.
-struct ShortPath {
-    fd: OwnedFd,
+/// A directory by its descriptor: the paths of sockets in it are shorter than the 107 bytes that they may have, and stay
+/// right when it is renamed.
+#[derive(Clone, Debug)]
+pub struct ShortPath {
+    fd: Arc<OwnedFd>,
 }
 
 impl ShortPath {
-    fn of(directory: &Path) -> io::Result<Self> {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// Those of open(2).
+    pub fn of(directory: &Path) -> io::Result<Self> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        Ok(Self { fd: open(directory, flags, Mode::empty())? })
+        Ok(Self { fd: Arc::new(open(directory, flags, Mode::empty())?) })
     }
 
     fn join(&self, name: &str) -> PathBuf {

@@ -1,6 +1,5 @@
 //! containerd's Task API (`containerd.task.v2.Task`, `containerd.task.v3.Task`) over a pod.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -10,7 +9,6 @@ use containerd_shim_protos::api::{
     ResizePtyRequest, ResumeRequest, StartRequest, StartResponse, StateRequest, StateResponse, StatsRequest,
     StatsResponse, Status as TaskStatus, UpdateTaskRequest, WaitRequest, WaitResponse,
 };
-use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::shim_async::Task;
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
@@ -18,14 +16,17 @@ use protobuf::{EnumOrUnknown, MessageField};
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::{Code, get_status};
 
+use super::ShortPath;
 use super::attach::Pending;
 use crate::pod::{Io, Phase, Pod, PodError};
 use crate::process::stdio::Inherited;
 use crate::process::terminal::WindowSize;
+use crate::sandbox::SandboxError;
+use crate::sandbox::agent::AgentError;
 use crate::state::Status;
 
 mod create;
-mod metrics;
+pub mod metrics;
 pub(super) mod processes;
 
 /// The service.
@@ -33,21 +34,13 @@ pub struct TaskService {
     pod: Arc<Pod>,
     pending: Pending,
     /// Where its sockets are.
-    directory: PathBuf,
+    directory: ShortPath,
 }
 
 impl TaskService {
     /// Over a pod; descriptors for processes come by `pending`. Served by sockets in `directory`.
-    pub fn new(pod: Arc<Pod>, pending: Pending, directory: PathBuf) -> Self {
+    pub fn new(pod: Arc<Pod>, pending: Pending, directory: ShortPath) -> Self {
         Self { pod, pending, directory }
-    }
-
-    /// What a container uses.
-    ///
-    /// # Errors
-    /// Any [`PodError`].
-    pub async fn metrics(&self, id: &str) -> Result<Metrics, PodError> {
-        Ok(metrics::v2(&self.pod.stats(id).await?))
     }
 }
 
@@ -55,6 +48,19 @@ impl TaskService {
 #[must_use]
 pub fn refusal(error: PodError) -> ttrpc::Error {
     let code = match &error {
+        // The guest may say anything; what containerd acts upon is one of these.
+        PodError::Sandbox(SandboxError::Agent(AgentError::Refused { code, .. }))
+            if matches!(
+                code,
+                Code::NOT_FOUND
+                    | Code::ALREADY_EXISTS
+                    | Code::INVALID_ARGUMENT
+                    | Code::PERMISSION_DENIED
+                    | Code::FAILED_PRECONDITION
+            ) =>
+        {
+            *code
+        }
         PodError::NoContainer(_) | PodError::NoProcess { .. } => Code::NOT_FOUND,
         PodError::Exists(_) => Code::ALREADY_EXISTS,
         PodError::State(_) => Code::FAILED_PRECONDITION,
@@ -219,8 +225,8 @@ impl Task for TaskService {
     }
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
-        let stats = self.metrics(&request.id).await.map_err(refusal)?;
-        let packed = Any::pack(&stats).map_err(|error| ttrpc::Error::Others(error.to_string()))?;
+        let stats = self.pod.stats(&request.id).await.map_err(refusal)?;
+        let packed = Any::pack(&metrics::v2(&stats)).map_err(|error| ttrpc::Error::Others(error.to_string()))?;
         Ok(StatsResponse { stats: MessageField::some(packed), ..Default::default() })
     }
 

@@ -1,6 +1,6 @@
 //! Where a pod's server is reached, and which containers share one.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
+
+use crate::host;
 
 /// Where containerd and its shims have their sockets.
 const FOLDER: &str = "/run/containerd/s";
@@ -20,8 +22,12 @@ pub fn group(bundle: &Path, id: &str) -> String {
     // There may be none: containerd's sandboxes have no configuration at `start`.
     let config = fs::read(bundle.join("config.json")).unwrap_or_default();
     let config: Value = serde_json::from_slice(&config).unwrap_or_default();
-    let named = GROUPS.iter().find_map(|name| config["annotations"][*name].as_str());
-    named.filter(|group| !group.is_empty()).unwrap_or(id).to_owned()
+    named_group(|name| config["annotations"][name].as_str()).unwrap_or(id).to_owned()
+}
+
+/// The group that annotations name, if they do.
+pub fn named_group<'a>(annotation: impl Fn(&str) -> Option<&'a str>) -> Option<&'a str> {
+    GROUPS.iter().find_map(|name| annotation(name)).filter(|group| !group.is_empty())
 }
 
 /// A server's socket.
@@ -52,6 +58,10 @@ impl Address {
         Some(Self { path: url.trim_end().strip_prefix("unix://")?.into() })
     }
 
+    fn folder(&self) -> &Path {
+        self.path.parent().unwrap_or(Path::new("/"))
+    }
+
     /// As containerd wants it.
     #[must_use]
     pub fn url(&self) -> String {
@@ -60,32 +70,83 @@ impl Address {
 
     /// Whether a server answers there.
     #[must_use]
-    pub fn answers(&self) -> bool {
+    fn answers(&self) -> bool {
         UnixStream::connect(&self.path).is_ok()
     }
 
-    /// Makes the socket, which only this user may reach; one that a dead server has left is replaced.
+    /// Makes the socket, which only this user may reach, if no server answers there; one that a dead server has left is
+    /// replaced. Of several that try at the same time one gets it.
     ///
     /// # Errors
     /// Those of bind(2).
-    pub fn bind(&self) -> io::Result<UnixListener> {
-        if let Some(folder) = self.path.parent() {
-            fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
+    pub fn claim(&self) -> io::Result<Option<UnixListener>> {
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(self.folder())?;
+        let folder = File::open(self.folder())?;
+        folder.lock()?;
+        if self.answers() {
+            return Ok(None);
         }
         self.remove()?;
         let listener = UnixListener::bind(&self.path)?;
         fs::set_permissions(&self.path, fs::Permissions::from_mode(0o600))?;
-        Ok(listener)
+        Ok(Some(listener))
     }
 
-    /// Removes the socket, if there is one.
+    /// Removes the socket if no server answers there.
     ///
     /// # Errors
     /// Those of unlink(2).
-    pub fn remove(&self) -> io::Result<()> {
+    pub fn sweep(&self) -> io::Result<()> {
+        let Ok(folder) = File::open(self.folder()) else { return Ok(()) };
+        folder.lock()?;
+        if self.answers() { Ok(()) } else { self.remove() }
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn remove(&self) -> io::Result<()> {
         match fs::remove_file(&self.path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),
+        }
+    }
+}
+
+/// The socket of this process: its name may be another server's by now.
+pub struct OwnSocket {
+    path: PathBuf,
+    key: (u64, u64),
+}
+
+impl OwnSocket {
+    /// The one that `listener` is bound to.
+    ///
+    /// # Errors
+    /// When its name leads to nothing.
+    pub fn of(listener: &UnixListener) -> io::Result<Self> {
+        let address = listener.local_addr()?;
+        let path = address.as_pathname().ok_or_else(|| io::Error::other("the socket has no name"))?.to_owned();
+        let key = host::identity(&fs::symlink_metadata(&path)?);
+        Ok(Self { path, key })
+    }
+
+    /// Removes its name, unless that is another server's.
+    pub fn remove(&self) {
+        let removed = || -> io::Result<()> {
+            let folder = File::open(self.path.parent().unwrap_or(Path::new("/")))?;
+            folder.lock()?;
+            match fs::symlink_metadata(&self.path) {
+                Ok(there) if host::identity(&there) == self.key => fs::remove_file(&self.path),
+                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+                _ => Ok(()),
+            }
+        };
+        if let Err(error) = removed() {
+            log::warn!("cannot remove {}: {error}", self.path.display());
         }
     }
 }
@@ -117,7 +178,23 @@ mod tests {
         assert_eq!(address.path.file_name(), Address::of("/a", "n", "g").path.file_name());
         assert_eq!(Address::of_bundle(folder.path()), None);
         fs::write(folder.path().join("address"), address.url()).unwrap();
-        assert_eq!(Address::of_bundle(folder.path()), Some(address));
+        assert_eq!(Address::of_bundle(folder.path()), Some(address.clone()));
+        assert!(address.claim().unwrap().is_some() && address.path.exists());
+        address.sweep().unwrap();
+        assert!(!address.path.exists());
+    }
+
+    #[test]
+    fn a_socket_is_removed_by_its_owner_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        let first = UnixListener::bind(&path).unwrap();
+        let own = OwnSocket::of(&first).unwrap();
+        own.remove();
+        assert!(!path.exists());
+        let _second = UnixListener::bind(&path).unwrap();
+        own.remove();
+        assert!(path.exists());
     }
 
     #[test]

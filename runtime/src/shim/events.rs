@@ -8,7 +8,7 @@ use containerd_shim_protos::shim_async::{Client, EventsClient};
 use protobuf::well_known_types::any::Any;
 use protobuf::{MessageField, MessageFull};
 use tokio::sync::mpsc;
-use ttrpc::context;
+use ttrpc::{Code, context};
 
 use crate::host;
 use crate::service::timestamp;
@@ -38,6 +38,12 @@ impl Events {
         let (queue, events) = mpsc::unbounded_channel();
         tokio::spawn(deliver(address, events));
         Self { queue, namespace: namespace.into() }
+    }
+
+    /// containerd's namespace.
+    #[must_use]
+    pub fn namespace(&self) -> &str {
+        &self.namespace
     }
 
     /// Puts one in the queue.
@@ -84,10 +90,25 @@ async fn deliver(address: Option<String>, mut events: mpsc::UnboundedReceiver<Qu
         let Some(address) = &address else { continue };
         let request = ForwardRequest { envelope: MessageField::some(*envelope), ..Default::default() };
         while let Err(error) = forward(&mut client, address, &request).await {
+            if is_final(&error) {
+                log::warn!("containerd refuses an event: {error}");
+                break;
+            }
             log::debug!("containerd does not take an event: {error}");
             client = None;
             tokio::time::sleep(PAUSE).await;
         }
+    }
+}
+
+/// Whether containerd has looked at an event and will not take it, however often it is sent.
+fn is_final(error: &ttrpc::Error) -> bool {
+    match error {
+        ttrpc::Error::RpcStatus(status) => !matches!(
+            status.code(),
+            Code::DEADLINE_EXCEEDED | Code::UNAVAILABLE | Code::CANCELLED | Code::ABORTED | Code::RESOURCE_EXHAUSTED
+        ),
+        _ => false,
     }
 }
 

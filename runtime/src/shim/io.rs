@@ -1,13 +1,18 @@
-//! A process' streams as containerd names them: named pipes that it reads, or files.
+//! A process' streams as containerd names them: named pipes that it reads, files, or a program that takes them.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::Path;
+use std::time::Duration;
 
+use super::logger::Logger;
+use super::uri::Uri;
 use crate::pod::Io;
 use crate::process::stdio::Inherited;
+
+/// How long the news of an end wait for output that nobody reads: containerd may just be started again.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What containerd says about a process' streams; empty where there is none.
 #[derive(Clone, Copy, Debug)]
@@ -22,48 +27,64 @@ pub struct Named<'a> {
     pub terminal: bool,
 }
 
-/// Opens them.
+/// Opens them for container `id` of `namespace`; with the program that takes the output, if one is named.
 ///
 /// # Errors
 /// Which one cannot be opened.
-pub fn open(named: Named<'_>) -> Result<Io, String> {
+pub fn open(named: Named<'_>, namespace: &str, id: &str) -> Result<(Io, Option<Logger>), String> {
     let stdin = match named.stdin {
         "" => None,
         name => Some(input(name).map_err(|error| format!("standard input {name}: {error}"))?),
     };
-    let sink = |what: &str, name: &str| match name {
+    let with_stderr = !named.terminal && !named.stderr.is_empty();
+    let uri = Uri::of(named.stdout);
+    if matches!(uri.scheme.as_str(), "binary" | "binary-v2") {
+        let started = Logger::start(&uri, namespace, id);
+        let (logger, stdout, stderr) = started.map_err(|error| format!("logger {}: {error}", uri.path.display()))?;
+        let io = all(Inherited { stdin, stdout: Some(stdout), stderr: with_stderr.then_some(stderr) }, named.terminal);
+        return Ok((io, Some(logger)));
+    }
+    let mut held = Vec::new();
+    let mut sink = |what: &str, name: &str| match name {
         "" => Ok(None),
-        name => output(name).map(Some).map_err(|error| format!("{what} {name}: {error}")),
+        name => output(name, &mut held).map(Some).map_err(|error| format!("{what} {name}: {error}")),
     };
     let stdout = sink("standard output", named.stdout)?;
-    let stderr = if named.terminal { None } else { sink("standard error", named.stderr)? };
-    let stdio = Inherited { stdin, stdout, stderr };
-    Ok(if named.terminal { Io::guest_terminal(stdio) } else { Io::plain(stdio) })
+    let stderr = if with_stderr { sink("standard error", named.stderr)? } else { None };
+    let io = all(Inherited { stdin, stdout, stderr }, named.terminal);
+    Ok((Io { held, ..io }, None))
+}
+
+fn all(stdio: Inherited, terminal: bool) -> Io {
+    let io = if terminal { Io::guest_terminal(stdio) } else { Io::plain(stdio) };
+    Io { patience: Some(PATIENCE), ..io }
 }
 
 /// A named pipe. It has no end before somebody has opened it to write, and it ends with the last who did, as with runc's
 /// shim: some clients say nothing more.
 fn input(name: &str) -> io::Result<OwnedFd> {
-    let path = Path::new(name.strip_prefix("fifo://").unwrap_or(name));
+    let path = Uri::of(name).path;
     Ok(File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path)?.into())
 }
 
-fn output(name: &str) -> io::Result<OwnedFd> {
-    match name.split_once("://") {
-        None | Some(("fifo", _)) => {
-            // Read and write: it neither waits for a reader nor ends with one, so containerd may start again meanwhile.
-            let path = Path::new(name.strip_prefix("fifo://").unwrap_or(name));
-            Ok(File::options().read(true).write(true).open(path)?.into())
+fn output(name: &str, held: &mut Vec<OwnedFd>) -> io::Result<OwnedFd> {
+    let Uri { scheme, path, .. } = Uri::of(name);
+    match scheme.as_str() {
+        "fifo" => {
+            let open = |options: &mut OpenOptions| options.custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(&path);
+            // Nobody reads it here. But with an end to read it, what is written stays in it while containerd starts again,
+            // even after the process has ended; and whoever reads it hears of the end all the same.
+            held.push(open(File::options().read(true))?.into());
+            Ok(open(File::options().write(true))?.into())
         }
-        Some(("file", path)) => {
-            let path = Path::new(path.split('?').next().unwrap_or_default());
+        "file" => {
             if let Some(folder) = path.parent() {
                 std::fs::create_dir_all(folder)?;
             }
             Ok(File::options().append(true).create(true).mode(0o644).open(path)?.into())
         }
-        Some((scheme, _)) => {
-            let reason = format!("{scheme}:// is not supported: a named pipe and file:// are");
+        scheme => {
+            let reason = format!("{scheme}:// is not supported: a named pipe, file:// and binary:// are");
             Err(io::Error::new(io::ErrorKind::Unsupported, reason))
         }
     }
@@ -72,6 +93,7 @@ fn output(name: &str) -> io::Result<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use std::io::{Read as _, Write as _};
+    use std::path::Path;
 
     use rustix::event::{PollFd, PollFlags, poll};
 
@@ -89,7 +111,7 @@ mod tests {
         let (stdin, stdout) = (fifo(folder.path(), "in"), fifo(folder.path(), "out"));
         let stdin_path = stdin.clone();
         let named = Named { stdin: &stdin, stdout: &stdout, stderr: "", terminal: false };
-        let io = open(named).unwrap();
+        let (io, _) = open(named, "n", "c1").unwrap();
         assert!(io.stdio.stderr.is_none() && !io.has_terminal);
         let stdin = io.stdio.stdin.unwrap();
         let told = |fd: &OwnedFd| {
@@ -107,15 +129,27 @@ mod tests {
     }
 
     #[test]
+    fn what_was_written_stays_until_the_process_is_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let stdout = fifo(folder.path(), "out");
+        let (io, _) = open(Named { stdin: "", stdout: &stdout, stderr: "", terminal: false }, "n", "c1").unwrap();
+        File::from(io.stdio.stdout.unwrap()).write_all(b"last words").unwrap();
+        let mut text = String::new();
+        File::open(&stdout).unwrap().read_to_string(&mut text).unwrap();
+        assert_eq!(text, "last words");
+        drop(io.held);
+    }
+
+    #[test]
     fn files_are_appended_to_and_the_rest_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("logs/x");
         let name = format!("file://{}", path.display());
         for text in ["a", "b"] {
-            File::from(output(&name).unwrap()).write_all(text.as_bytes()).unwrap();
+            File::from(output(&name, &mut Vec::new()).unwrap()).write_all(text.as_bytes()).unwrap();
         }
         assert_eq!(std::fs::read_to_string(path).unwrap(), "ab");
-        let error = output("ttrpc+unix:///x").unwrap_err().to_string();
+        let error = output("ttrpc+unix:///x", &mut Vec::new()).unwrap_err().to_string();
         assert!(error.contains("ttrpc+unix://"), "{error}");
     }
 }

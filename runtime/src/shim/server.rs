@@ -12,20 +12,24 @@ use containerd_shim_protos::sandbox_async::create_sandbox;
 use nix::sched::CloneFlags;
 use tokio::sync::{mpsc, oneshot, watch};
 
+use super::address::OwnSocket;
 use super::arguments::Arguments;
+use super::containers::Containers;
 use super::events::Events;
 use super::logging;
+use super::options;
 use super::sandbox::{SandboxConfig, SandboxService};
 use super::service::ShimService;
 use super::start::{LISTENER, TTRPC_ADDRESS};
 use crate::hooks;
 use crate::host;
-use crate::launch::{self, Launch};
+use crate::launch::{self, Launch, StandIn};
 use crate::pod::{Io, Pod};
 use crate::process::signals::Signals;
-use crate::sandbox::{blocking, probe};
+use crate::sandbox::probe;
 use crate::service::serve_task;
-use crate::state::{Journal, StateRoot, Status};
+use crate::settings::Settings;
+use crate::state::{Journal, Record, StateRoot, Status};
 use crate::supervise::{self, Mode, Outside, Served};
 use crate::timings::Timings;
 use crate::watcher;
@@ -139,16 +143,18 @@ async fn run(arguments: &Arguments, root: &StateRoot, listener: UnixListener, si
     let events = Events::to(std::env::var(TTRPC_ADDRESS).ok(), &arguments.namespace);
     let (orders, mut ordered) = mpsc::channel(1);
     let (end, mut ended) = watch::channel(false);
-    let service = ShimService::new(root.clone(), events.clone(), orders, end);
-    let sandboxes = create_sandbox(Arc::new(SandboxService::new(service.clone())));
-    let path = listener.local_addr().ok().and_then(|address| address.as_pathname().map(Path::to_owned));
+    let socket = Arc::new(OwnSocket::of(&listener).context("cannot find the socket")?);
+    let containers = Containers::new(root.clone(), events.clone(), orders, end);
+    let sandboxes = create_sandbox(Arc::new(SandboxService::new(Arc::clone(&containers), Arc::clone(&socket))));
+    let service = ShimService::new(containers, Arc::clone(&socket));
     let listener = tokio::net::UnixListener::from_std(listener).context("cannot use the socket")?;
     let server = serve_task(Arc::new(service), sandboxes, listener).await.context("cannot serve")?;
     let mut signals = Some(signals);
     loop {
         let order = tokio::select! {
-            order = ordered.recv() => order,
+            biased;
             _ = ended.wait_for(|end| *end) => break,
+            order = ordered.recv() => order,
         };
         let Some(Order { first: wanted, made, stop }) = order else { break };
         let signals = match signals.take() {
@@ -169,23 +175,17 @@ async fn run(arguments: &Arguments, root: &StateRoot, listener: UnixListener, si
                 let served = Served { made, end: stop.clone() };
                 let outcome = supervise::attend(&launch, outside, Mode::Served(served), &mut Timings::start()).await;
                 let told = *stop.borrow();
-                if let Err(error) = &outcome
+                if let Err(error) = outcome
                     && !told
                 {
                     log::error!("{error:#}");
                 }
                 if let Some(over) = over {
-                    // A child of this process, which has ended with its link.
-                    let reaped = blocking(move || {
-                        host::reap(stand_in);
-                        Ok(())
-                    });
-                    if let Err(error) = reaped.await {
-                        log::warn!("{error}");
-                    }
                     let status = if told { 0 } else { 128 + libc::SIGKILL.unsigned_abs() };
                     over.send_replace(Some(Ended { status, at_ns: host::now_ns() }));
                 }
+                // It ends with its link, when the last who holds it lets go.
+                tokio::task::spawn_blocking(move || host::reap(stand_in));
             }
             // Whoever asked may have gone away.
             Err(error) => drop(made.send(Err(format!("{error:#}")))),
@@ -195,9 +195,7 @@ async fn run(arguments: &Arguments, root: &StateRoot, listener: UnixListener, si
         log::warn!("containerd does not take the last events");
     }
     drop(server);
-    if let Some(path) = path {
-        std::fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
-    }
+    socket.remove();
     Ok(())
 }
 
@@ -209,34 +207,66 @@ fn empty(
     config: &SandboxConfig,
     signals: Signals,
 ) -> anyhow::Result<(Launch, Outside)> {
-    let launch = Launch::empty(id.parse()?, bundle, config.spec.clone(), config.systemd_cgroup)?;
+    let settings = Settings::load(None)?;
+    let options = launch::Options { systemd_cgroup: config.systemd_cgroup, settings, ..Default::default() };
+    let launch = Launch::empty(id.parse()?, bundle, config.spec.clone(), options)?;
     let state = root.claim(&launch.id)?;
+    let directory = state.path().to_owned();
     let stand_in = launch.start_stand_in(None)?;
     let mut record = launch.recorded(stand_in.pid);
     record.is_sandbox = true;
-    launch.enter_cgroup(record.pid)?;
-    probe::ensure(root)?;
-    let directory = state.path().to_owned();
     let journal = Journal::new(state, record);
+    let stand_in = settled(root, &launch, journal.record(), stand_in)?;
     Ok((launch, Outside { io: None, stand_in, signals, journal, directory }))
 }
 
 /// Everything of a pod's first container that is settled before there is a virtual machine, while this process has one
 /// thread.
 fn first(root: &StateRoot, request: &CreateTaskRequest, io: Io, signals: Signals) -> anyhow::Result<(Launch, Outside)> {
-    let launch = Launch::plan(root, request.id.parse()?, Path::new(&request.bundle), launch::Options::default())?;
+    let bundle = Path::new(&request.bundle);
+    let settings = Settings::load(options::config_path(request.options.as_ref()).as_deref())?;
+    if settings.debug() {
+        log::set_max_level(log::LevelFilter::Debug);
+    }
+    let options = launch::Options { systemd_cgroup: names_systemd_cgroup(bundle), settings, ..Default::default() };
+    let launch = Launch::plan(root, request.id.parse()?, bundle, options)?;
     if let Some(pod) = &launch.pod {
         bail!("container {} cannot join the sandbox of {}: containerd made them apart", launch.id, pod.peer.record.id);
     }
     let state = root.claim(&launch.id)?;
+    let directory = state.path().to_owned();
     let stand_in = launch.start_stand_in(None)?;
     let mut record = launch.recorded(stand_in.pid);
     record.sandbox_pid = std::process::id();
-    hooks::run_before(record.hooks.as_ref(), &record.for_hooks(Status::Creating))?;
-    launch.enter_cgroup(record.pid)?;
-    probe::ensure(root)?;
-    let directory = state.path().to_owned();
+    // Before anything is made that it names.
     let journal = Journal::new(state, record);
+    let stand_in = settled(root, &launch, journal.record(), stand_in)?;
     let io = Some(Io { fallback_size: launch.console_size(), ..io });
     Ok((launch, Outside { io, stand_in, signals, journal, directory }))
+}
+
+/// Whether a bundle's `linux.cgroupsPath` is one of systemd's, `SLICE:PREFIX:NAME`: engines that have systemd make control
+/// groups say so by its form alone.
+fn names_systemd_cgroup(bundle: &Path) -> bool {
+    let config = std::fs::read(bundle.join("config.json")).unwrap_or_default();
+    let config: serde_json::Value = serde_json::from_slice(&config).unwrap_or_default();
+    let path = config["linux"]["cgroupsPath"].as_str().unwrap_or_default();
+    !path.starts_with('/') && path.split(':').count() == 3
+}
+
+/// Gives the stand-in back when all is settled; after a failure it has ended.
+fn settled(root: &StateRoot, launch: &Launch, record: &Record, stand_in: StandIn) -> anyhow::Result<StandIn> {
+    if let Err(error) = settle(root, launch, record) {
+        // The stand-in ends with its link.
+        drop(stand_in);
+        host::reap(record.pid);
+        return Err(error);
+    }
+    Ok(stand_in)
+}
+
+fn settle(root: &StateRoot, launch: &Launch, record: &Record) -> anyhow::Result<()> {
+    hooks::run_before(record.hooks.as_ref(), &record.for_hooks(Status::Creating))?;
+    launch.enter_cgroup(record.pid)?;
+    Ok(probe::ensure(root)?)
 }

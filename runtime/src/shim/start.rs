@@ -32,8 +32,8 @@ pub fn start(arguments: &Arguments) -> anyhow::Result<Vec<u8>> {
     if let Some(folder) = bootstrap.socket_dir() {
         address = address.within(&folder);
     }
-    if !address.answers() {
-        let listener = address.bind().with_context(|| format!("cannot make the socket {}", address.url()))?;
+    let claimed = address.claim().with_context(|| format!("cannot make the socket {}", address.url()))?;
+    if let Some(listener) = claimed {
         let mut server = Command::new(std::env::current_exe().context("cannot tell where this program is")?);
         server.args(["-namespace", &arguments.namespace, "-id", &arguments.id, "-address", &arguments.address]);
         if arguments.debug || bootstrap.debug() {

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 /// Longest id in bytes: it becomes a file name with something added.
 const LONGEST: usize = 200;
 
-/// The id of a container: letters, digits, `_`, `+`, `-` and `.`, but neither `.` nor `..`.
+/// The id of a container: letters, digits, `_`, `+`, `-` and `.`, the last not first: such names are the state root's own.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String")]
 pub struct Id(String);
@@ -20,7 +20,7 @@ pub enum IdError {
     #[error("container id cannot be empty")]
     Empty,
     /// A character that is not allowed.
-    #[error("invalid container id {0:?}: only letters, digits, _, +, - and . are allowed, and not . or .. alone")]
+    #[error("invalid container id {0:?}: only letters, digits, _, +, - and . are allowed, and . not first")]
     Invalid(String),
     /// Too long.
     #[error("a container id of {0} bytes is too long: {LONGEST} at most")]
@@ -53,7 +53,7 @@ impl FromStr for Id {
         if text.is_empty() {
             return Err(IdError::Empty);
         }
-        if matches!(text, "." | "..") || !text.chars().all(allowed) {
+        if text.starts_with('.') || !text.chars().all(allowed) {
             return Err(IdError::Invalid(text.to_owned()));
         }
         if text.len() > LONGEST {

@@ -37,6 +37,16 @@ impl Journal {
         self.write();
     }
 
+    /// The container is deleted, and its sandbox goes on: what is written down holds for that, and goes when this is
+    /// dropped.
+    pub fn retire(&mut self) {
+        self.record.kept = false;
+        self.write();
+        if let Some(Err(error)) = self.directory.as_mut().map(StateDir::retire) {
+            log::warn!("{error}");
+        }
+    }
+
     /// Removes everything.
     pub fn forget(&mut self) {
         self.record.kept = false;

@@ -167,15 +167,16 @@ impl StateRoot {
             let mut swept = Vec::new();
             for entry in fs::read_dir(&self.path)? {
                 let entry = entry?;
-                let Some(id) = entry.file_name().to_str().and_then(|name| name.parse::<Id>().ok()) else { continue };
                 if !entry.file_type()?.is_dir() {
                     continue;
                 }
+                // That of a sandbox whose first container was deleted has a name that is no id.
+                let id = entry.file_name().to_str().and_then(|name| name.parse::<Id>().ok());
                 if let Held::ByNobody(_lock) = held_lock(&entry.path())
                     && !is_kept(&entry.path())
                 {
                     match remove_dir(&entry.path()) {
-                        Ok(()) => swept.push(id),
+                        Ok(()) => swept.extend(id),
                         Err(error) => log::warn!("{error}"),
                     }
                 }
@@ -261,6 +262,19 @@ impl StateDir {
         let path = self.path.join(RECORD);
         record.write(&path).map_err(failed("write", &path))?;
         self.kept = record.kept;
+        Ok(())
+    }
+
+    /// Gives the id free while the sandbox goes on without the container: what is kept for the sandbox goes with that.
+    ///
+    /// # Errors
+    /// When it cannot be renamed.
+    pub fn retire(&mut self) -> Result<(), StateError> {
+        let _guard = self.root.lock()?;
+        let id = self.path.file_name().unwrap_or_default().to_string_lossy();
+        let retired = self.root.path.join(format!(".{id}.{}", std::process::id()));
+        fs::rename(&self.path, &retired).map_err(failed("rename", &self.path))?;
+        self.path = retired;
         Ok(())
     }
 
@@ -386,6 +400,25 @@ mod tests {
         other.wait().unwrap();
         assert_eq!(root.sweep().unwrap(), [id("alive")]);
         assert!(!root.path().join("alive").exists());
+    }
+
+    #[test]
+    fn an_id_is_free_again_when_its_directory_is_retired() {
+        let (_dir, root) = root();
+        let mut first = root.claim(&id("a")).unwrap();
+        fs::write(first.path().join("socket"), "").unwrap();
+        first.retire().unwrap();
+        let second = root.claim(&id("a")).unwrap();
+        let retired = first.path().to_owned();
+        assert!(retired.join("socket").exists() && root.list().unwrap().is_empty());
+        assert_eq!(root.sweep().unwrap(), []);
+        assert!(retired.exists());
+        drop(first);
+        assert!(!retired.exists() && second.path().exists());
+        // What a dead one has left.
+        fs::create_dir(&retired).unwrap();
+        root.sweep().unwrap();
+        assert!(!retired.exists());
     }
 
     #[test]

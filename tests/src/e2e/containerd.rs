@@ -45,9 +45,14 @@ const fn rows<const V: usize>() -> [Row; 7] {
     ]
 }
 
+/// Debian 13's containerd for one case.
+pub(super) fn containerd(context: &Context, text: &str) -> Result<String> {
+    containerd_of::<1>(context, text)
+}
+
 /// containerd of version `V` for one case, with an image of the case's root file system. In a script, `run` runs containers
 /// of it by our shim, `status` is that of a task, and `server` starts containerd once more.
-fn containerd<const V: usize>(context: &Context, text: &str) -> Result<String> {
+fn containerd_of<const V: usize>(context: &Context, text: &str) -> Result<String> {
     super::agent::whole_rootfs(context)?;
     let number = VERSIONS[V].number;
     let prelude = format!(
@@ -79,7 +84,7 @@ END
 
 fn container<const V: usize>(context: &Context) -> Result<Verdict> {
     let traces = Traces::of(Path::new("/nonexistent"));
-    let output = containerd::<V>(
+    let output = containerd_of::<V>(
         context,
         "run --rm $image c1 uname -r
          run --rm $image c1 sh -c 'echo written >/etc/new; cat /etc/new; echo err >&2; exit 7' 2>err || echo code $?; cat err
@@ -131,7 +136,7 @@ fn snapshotters<const V: usize>(context: &Context) -> Result<Verdict> {
          done; ls rootfs/bin | wc -l; gone; while losetup -a | grep -q blockfile; do sleep 0.1; done",
         names.join(" ")
     );
-    let output = containerd::<V>(context, &text)?;
+    let output = containerd_of::<V>(context, &text)?;
     let count = output.lines().last().unwrap_or_default();
     let mut expected: Vec<_> = names.iter().flat_map(|name| [name, count]).collect();
     expected.push(count);
@@ -141,7 +146,7 @@ fn snapshotters<const V: usize>(context: &Context) -> Result<Verdict> {
 
 /// The events of the same life of a container by runc's shim and by ours, as `ctr events` records them.
 fn events<const V: usize>(context: &Context) -> Result<Verdict> {
-    let output = containerd::<V>(
+    let output = containerd_of::<V>(
         context,
         "life() {
              rm -f events; ctr events >events 2>&1 & listener=$!
@@ -192,14 +197,14 @@ fn agreement<const V: usize>(context: &Context) -> Result<Verdict> {
          for id in c2 c1; do ctr task rm -f $id >p 2>&1; ctr container rm $id; done; gone",
         if shows_info { inspect } else { "" }
     );
-    let output = containerd::<V>(context, &text)?;
+    let output = containerd_of::<V>(context, &text)?;
     let info: &[_] = if shows_info { &["io.containerd.katavm.v2", "1.2.0"] } else { &[] };
     expect(&output, &[&[task_api, task_api], info].concat())?;
     Ok(Verdict::Passed)
 }
 
 fn pod<const V: usize>(context: &Context) -> Result<Verdict> {
-    let output = containerd::<V>(
+    let output = containerd_of::<V>(
         context,
         "pod='--annotation io.kubernetes.cri.sandbox-id=c1'
          run -d $pod $image c1 sleep 1000 </dev/null
@@ -215,7 +220,7 @@ fn pod<const V: usize>(context: &Context) -> Result<Verdict> {
 
 fn killed_shim<const V: usize>(context: &Context) -> Result<Verdict> {
     let traces = Traces::of(Path::new("/nonexistent"));
-    let output = containerd::<V>(
+    let output = containerd_of::<V>(
         context,
         "ctr events >events 2>&1 & listener=$!; trap 'kill $listener; end' EXIT
          until [ -s events ]; do ctr namespace label default probe=$RANDOM; sleep 0.2; done
@@ -231,7 +236,7 @@ fn killed_shim<const V: usize>(context: &Context) -> Result<Verdict> {
 }
 
 fn killed_containerd<const V: usize>(context: &Context) -> Result<Verdict> {
-    let output = containerd::<V>(
+    let output = containerd_of::<V>(
         context,
         "run -d --log-uri file://$PWD/log $image c1 sh -c 'n=0; until [ -e /end ]; do n=$((n + 1)); echo line $n; sleep 0.1; done; echo last; exit 5' </dev/null
          until grep -q 'line 3' log; do sleep 0.1; done

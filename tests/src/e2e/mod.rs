@@ -28,6 +28,7 @@ mod rootless;
 mod run;
 mod sandbox_api;
 mod shell;
+mod shim;
 mod snapshot;
 mod survive;
 mod systemd;
@@ -111,6 +112,7 @@ const ENGINES: &[Table] = &[
     containerd::BEFORE,
     containerd::OWN,
     containerd::AFTER,
+    shim::CASES,
     crio::CASES,
     beside::CASES,
 ];

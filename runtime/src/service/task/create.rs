@@ -9,7 +9,7 @@ use super::super::attach::Attached;
 use crate::config::Bundle;
 use crate::pod::{Pod, PodError};
 use crate::sandbox::blocking;
-use crate::service::member;
+use crate::service::{ShortPath, member};
 
 /// Makes the container that `attached` is for; the pid of its stand-in. `directory` has the sockets of the service.
 ///
@@ -17,13 +17,13 @@ use crate::service::member;
 /// Any [`PodError`]; nothing is left of it then.
 pub async fn create(
     pod: &Arc<Pod>,
-    directory: &Path,
+    directory: &ShortPath,
     attached: Attached,
     request: CreateTaskRequest,
 ) -> Result<u32, PodError> {
     let Attached { io, link, state } = attached;
     let Some(state) = state else { return Err(PodError::State(format!("no state was passed for {}", request.id))) };
-    let directory = directory.to_owned();
+    let directory = directory.clone();
     let plan = move || {
         let record = state.read()?;
         let bundle = Bundle::load(Path::new(&request.bundle))?;

@@ -23,11 +23,12 @@ use tokio::sync::watch;
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::{Code, get_status};
 
+use super::address::OwnSocket;
+use super::containers::Containers;
 use super::events::bare;
 use super::server::{Ended, First};
-use super::service::ShimService;
 use crate::host;
-use crate::service::{timestamp, to_its_end};
+use crate::service::{metrics, refusal, timestamp, to_its_end};
 pub use config::SandboxConfig;
 
 /// How the CRI plugin names what a sandbox can be in.
@@ -37,7 +38,8 @@ const NOT_READY: &str = "SANDBOX_NOTREADY";
 /// The service.
 #[derive(Clone)]
 pub struct SandboxService {
-    tasks: ShimService,
+    containers: Arc<Containers>,
+    socket: Arc<OwnSocket>,
     known: Arc<Mutex<Option<Known>>>,
 }
 
@@ -66,10 +68,10 @@ fn error(code: Code, text: impl Into<String>) -> ttrpc::Error {
 }
 
 impl SandboxService {
-    /// Beside the Task API.
+    /// Over the containers of the server that `socket` leads to.
     #[must_use]
-    pub fn new(tasks: ShimService) -> Self {
-        Self { tasks, known: Arc::default() }
+    pub fn new(containers: Arc<Containers>, socket: Arc<OwnSocket>) -> Self {
+        Self { containers, socket, known: Arc::default() }
     }
 
     /// Looks at the sandbox.
@@ -101,7 +103,7 @@ impl Sandbox for SandboxService {
         if let Some(known) = known.as_ref() {
             return Err(error(Code::ALREADY_EXISTS, format!("this server has the sandbox {} already", known.id)));
         }
-        self.tasks.expect_sandbox().map_err(|e| error(Code::FAILED_PRECONDITION, e))?;
+        self.containers.expect_sandbox().map_err(refusal)?;
         *known = Some(Known {
             id: request.sandbox_id,
             bundle: request.bundle_path.into(),
@@ -129,8 +131,8 @@ impl Sandbox for SandboxService {
             },
             stop: known.stop.subscribe(),
         })?;
-        let (tasks, sandbox_id) = (self.tasks.clone(), id.clone());
-        let pid = to_its_end(async move { tasks.start_sandbox(&sandbox_id, first, stop).await }).await?;
+        let (containers, sandbox_id) = (Arc::clone(&self.containers), id.clone());
+        let pid = to_its_end(async move { containers.start_sandbox(&sandbox_id, first, stop).await }).await?;
         let created_ns = self.with(&id, |known| {
             known.pid = pid;
             known.created_ns
@@ -201,7 +203,7 @@ impl Sandbox for SandboxService {
     ) -> ttrpc::Result<ShutdownSandboxResponse> {
         // A sandbox that was never made leaves a server that is to end all the same.
         let _ = self.with(&request.sandbox_id, |known| known.stop.send_replace(true));
-        self.tasks.end();
+        self.containers.end(|| self.socket.remove());
         Ok(ShutdownSandboxResponse::new())
     }
 
@@ -212,8 +214,8 @@ impl Sandbox for SandboxService {
     ) -> ttrpc::Result<SandboxMetricsResponse> {
         self.with(&request.sandbox_id, |_| ())?;
         let mut total = Metrics::new();
-        for stats in self.tasks.stats_of_all().await {
-            add(&mut total, &stats);
+        for stats in self.containers.stats_of_all().await {
+            add(&mut total, &metrics::v2(&stats));
         }
         let mut packed = Any::pack(&total).map_err(|e| ttrpc::Error::Others(e.to_string()))?;
         bare(&mut packed);

@@ -1,0 +1,95 @@
+//! The shim where things do not go as planned: readers that do not read, clients and containers that go first.
+
+use std::path::Path;
+
+use anyhow::Result;
+
+use super::containerd::containerd;
+use super::leftovers::Traces;
+use super::shell::expect;
+use super::{Context, Table, Verdict};
+
+/// The table.
+pub const CASES: Table = (
+    "shim",
+    &[
+        ("the_end_is_told_even_if_nobody_reads_the_output", unread),
+        ("last_words_wait_for_a_containerd_that_is_away", last_words),
+        ("the_first_container_of_a_pod_may_go_first", first_goes),
+        ("a_container_of_the_same_name_may_follow_at_once", same_name),
+        ("delete_ends_a_container_of_a_living_server_in_time", delete),
+        ("a_client_may_go_away_at_any_moment", impatient),
+    ],
+);
+
+/// A script with containerd, after which nothing of katavm is left.
+fn clean(context: &Context, text: &str, lines: &[&str]) -> Result<Verdict> {
+    let traces = Traces::of(Path::new("/nonexistent"));
+    let output = containerd(context, text)?;
+    expect(&output, lines)?;
+    traces.expect_nothing_of_katavm()?;
+    Ok(Verdict::Passed)
+}
+
+fn unread(context: &Context) -> Result<Verdict> {
+    let text = "run $image c1 yes >/dev/null 2>&1 & client=$!
+         until [ \"$(status c1)\" = RUNNING ]; do sleep 0.2; done; kill -STOP $client; sleep 2
+         SECONDS=0; ctr task kill -s KILL c1; until [ $(status c1) = STOPPED ]; do sleep 0.2; done
+         [ $SECONDS -lt 60 ] && echo told
+         ctr task rm c1 2>&1 | grep -o 'exit code 137'; kill -KILL $client; wait $client || true
+         ctr container rm c1; gone";
+    clean(context, text, &["told", "exit code 137"])
+}
+
+fn last_words(context: &Context) -> Result<Verdict> {
+    let text = "run -d --fifo-dir $PWD/fifos $image c1 sh -c 'until [ -e /end ]; do sleep 0.1; done; seq 5000; exit 6' </dev/null &
+         until [ \"$(status c1)\" = RUNNING ]; do sleep 0.2; done
+         kill -KILL $server; wait $server || true; pkill -KILL -x ctr || true
+         katavm --root /run/katavm-containerd/default exec c1 touch /end
+         until [ $(katavm --root /run/katavm-containerd/default state c1 | grep -c stopped) = 1 ]; do sleep 0.2; done
+         sleep 1; timeout 20 cat $(find fifos -name '*stdout') | cmp - <(seq 5000) && echo whole
+         server; until [ \"$(status c1)\" = STOPPED ]; do sleep 0.2; done
+         ctr task rm c1 2>&1 | grep -o 'exit code 6'; ctr container rm c1; gone";
+    clean(context, text, &["whole", "exit code 6"])
+}
+
+fn first_goes(context: &Context) -> Result<Verdict> {
+    let text = "pod='--annotation io.containerd.runc.v2.group=g'
+         for id in c1 c2; do run -d $pod $image $id sleep 1000 </dev/null; done
+         group() { sed 's/^0:://' /proc/$(pgrep -x katavm-sandbox)/cgroup; }
+         group; ctr task rm -f c1 >p 2>&1; ctr container rm c1; group
+         for id in c1 c3; do run -d $pod $image $id sleep 1000 </dev/null; done; pgrep -xc katavm-sandbox
+         for id in c1 c2 c3; do ctr task exec --exec-id e $id echo in $id </dev/null; done
+         katavm --root /run/katavm-containerd/default list -q
+         for id in c2 c3 c1; do ctr task rm -f $id >p 2>&1; ctr container rm $id; done; gone
+         until ! ls -d /sys/fs/cgroup/default/c? 2>p; do sleep 0.1; done";
+    clean(context, text, &["/default/c1", "/default/c1", "1", "in c1", "in c2", "in c3", "c1", "c2", "c3"])
+}
+
+fn same_name(context: &Context) -> Result<Verdict> {
+    let text = "for n in 1 2 3 4 5; do run --rm $image c1 echo $n </dev/null; done; gone";
+    clean(context, text, &["1", "2", "3", "4", "5"])
+}
+
+fn delete(context: &Context) -> Result<Verdict> {
+    let text = "pod='--annotation io.containerd.runc.v2.group=g'
+         shim() { (cd /run/containerd/io.containerd.runtime.v2.task/default/$1
+             containerd-shim-katavm-v2 -namespace default -address /run/containerd/containerd.sock -id $1 -bundle $PWD delete | wc -c | sed 's/^[1-9].*/an answer/'); }
+         for id in c1 c2; do run -d $pod $image $id sleep 1000 </dev/null; done
+         SECONDS=0; shim c1; [ $SECONDS -le 5 ] && echo in time
+         ctr task exec --exec-id e c2 echo the other lives </dev/null
+         pkill -STOP -x katavm-sandbox; SECONDS=0; shim c2; [ $SECONDS -le 6 ] && echo in time
+         for id in c1 c2; do ctr task rm -f $id >p 2>&1 || true; ctr container rm $id; done; gone";
+    clean(context, text, &["an answer", "in time", "the other lives", "an answer", "in time"])
+}
+
+fn impatient(context: &Context) -> Result<Verdict> {
+    let text = "for delay in 0.1 0.5 1 1.5 2 3; do
+             timeout -s KILL $delay ctr run --runtime io.containerd.katavm.v2 $image c1 sleep 1000 </dev/null >p 2>&1 || true
+             until ctr task rm -f c1 >p 2>&1 || [ -z \"$(status c1)\" ]; do sleep 0.2; done
+             until ctr container rm c1 >p 2>&1 || [ -z \"$(ctr container ls -q)\" ]; do ctr task rm -f c1 >p 2>&1 || true; sleep 0.2; done
+             gone; echo clean after $delay
+         done";
+    let after = ["0.1", "0.5", "1", "1.5", "2", "3"].map(|delay| format!("clean after {delay}"));
+    clean(context, text, &after.each_ref().map(String::as_str))
+}
