@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use nix::sched::CloneFlags;
-use oci_spec::runtime::{LinuxMemory, LinuxNamespace, LinuxNamespaceType, LinuxResources};
+use oci_spec::runtime::{LinuxMemory, LinuxNamespace, LinuxNamespaceType, LinuxResources, Spec};
 use rustix::process::{Pid, geteuid};
 
 use crate::config::{Bundle, ConfigError};
@@ -14,7 +14,7 @@ use crate::limits;
 use crate::membership::{self, Membership, MembershipError};
 use crate::process::terminal::WindowSize;
 use crate::sandbox::image::{GuestImage, ImageError};
-use crate::sandbox::plan::{Plan, PlanError};
+use crate::sandbox::plan::{Plan, PlanError, SharedNamespaces};
 use crate::sandbox::size::{Size, SizeOptions};
 use crate::settings::{Settings, SettingsError};
 use crate::standin::{self, Namespaces};
@@ -79,6 +79,19 @@ pub struct Options {
     pub systemd_cgroup: bool,
 }
 
+impl Options {
+    /// The same with the settings: what a container asks for, too. The command line overrules them.
+    fn settle(&self, spec: &Spec) -> Result<(SizeOptions, GuestImage), LaunchError> {
+        let settings = match spec.annotations() {
+            Some(annotations) => &self.settings.with_annotations(annotations)?,
+            None => &self.settings,
+        };
+        let kernel = self.kernel.clone().or_else(|| settings.kernel());
+        let initrd = self.initrd.clone().or_else(|| settings.initrd());
+        Ok((self.size.or(settings), GuestImage::find(kernel, initrd)?))
+    }
+}
+
 /// A container that can be made, in a sandbox of its own or as one more of another.
 #[derive(Debug)]
 pub struct Launch {
@@ -122,11 +135,8 @@ impl Launch {
         }
         let pod = Membership::find(root, &bundle.spec)?;
         let shared = membership::shared_namespaces(root, &id, &bundle.spec)?;
-        let annotations = bundle.spec.annotations().clone().unwrap_or_default();
-        let settings = options.settings.with_annotations(&annotations)?;
-        let plan = Plan::new(&id, &bundle, options.size.or(&settings), &shared)?;
-        let kernel = options.kernel.or_else(|| settings.kernel());
-        let image = GuestImage::find(kernel, options.initrd.or_else(|| settings.initrd()))?;
+        let (size, image) = options.settle(&bundle.spec)?;
+        let plan = Plan::new(&id, &bundle, size, &shared)?;
         let path = bundle.spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_deref());
         let cgroup = match geteuid().is_root() {
             true => Cgroup::plan(path, options.systemd_cgroup, id.as_str()).map_err(LaunchError::Cgroup)?,
@@ -135,6 +145,19 @@ impl Launch {
         let cgroup = cgroup.filter(|cgroup| host::is_root_of_host() || is_usable(cgroup));
         warn_of_limits(&bundle, pod.is_some(), cgroup.is_some());
         Ok(Self { id, bundle, plan, pod, image, console: options.console, cgroup })
+    }
+
+    /// Plans a sandbox that is to be there before its first container; `spec` is a configuration without a process.
+    ///
+    /// # Errors
+    /// Any [`LaunchError`].
+    pub fn empty(id: Id, folder: &Path, spec: Spec, options: Options) -> Result<Self, LaunchError> {
+        let path = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_deref());
+        let cgroup = Cgroup::plan(path, options.systemd_cgroup, id.as_str()).map_err(LaunchError::Cgroup)?;
+        let bundle = Bundle { path: folder.into(), rootfs: folder.into(), spec, unhonoured: Vec::new() };
+        let (size, image) = options.settle(&bundle.spec)?;
+        let plan = Plan::new(&id, &bundle, size, &SharedNamespaces::new())?;
+        Ok(Self { id, bundle, plan, pod: None, image, console: false, cgroup })
     }
 
     /// The same with its stand-in.

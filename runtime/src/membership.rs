@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 use crate::host;
-use crate::sandbox::plan::SharedNamespaces;
+use crate::sandbox::plan::{Owner, SharedNamespaces};
 use crate::state::{Found, Id, StateError, StateRoot, Status};
 
 /// CRI-O: `sandbox` for the first container of a pod, `container` for the others.
@@ -83,7 +83,14 @@ pub fn shared_namespaces(root: &StateRoot, id: &Id, spec: &Spec) -> Result<Share
     for (kind, file) in files {
         let Some(path) = namespace(spec, kind) else { continue };
         match owner(root, path, file, Some(id))? {
-            Some(found) => drop(shared.insert(kind, found.record.id)),
+            // Its processes are the guest's own: the pod's containers are not to see them.
+            Some(found) if found.record.is_sandbox && kind == LinuxNamespaceType::Pid => {
+                log::warn!(
+                    "config.json: linux.namespaces: the containers of a sandbox do not share their processes yet"
+                );
+            }
+            Some(found) if found.record.is_sandbox => drop(shared.insert(kind, Owner::Guest)),
+            Some(found) => drop(shared.insert(kind, Owner::Container(found.record.id))),
             None if is_first => {}
             None => log::warn!(
                 "config.json: linux.namespaces: the {kind} namespace {} is no other container's: a container in a \

@@ -21,6 +21,7 @@ use crate::link::Link;
 use crate::network::GuestNetwork;
 use crate::pod::{Io, Network, NewContainer, Phase, Pod, PodError, Process};
 use crate::process::signals::{Listening, Received, Signals};
+use crate::sandbox::agent::AgentError;
 use crate::sandbox::vm::{self, Boot, ReadyPort, Started};
 use crate::sandbox::{Sandbox, SandboxError, blocking, probe};
 use crate::service;
@@ -48,10 +49,16 @@ pub struct Served {
     pub end: watch::Receiver<bool>,
 }
 
+/// A sandbox without a first container: what stands for it on the host goes with this.
+struct Empty {
+    _link: Link,
+    _journal: Journal,
+}
+
 /// The container's streams and what speaks for it on the host.
 pub struct Outside {
-    /// Its streams.
-    pub io: Io,
+    /// Its streams; nothing for a sandbox that is to be there before its first container.
+    pub io: Option<Io>,
     /// What speaks for it.
     pub stand_in: StandIn,
     /// Meant for it.
@@ -225,22 +232,32 @@ impl Work<'_> {
             self.note_ready(&ready, exits());
             let pod = pod.insert(prepared);
             let stand_in = |error: io::Error| PodError::StandIn(error.to_string());
-            let new = NewContainer {
-                id: self.launch.id.to_string(),
-                spec: self.launch.plan.guest_spec.clone(),
-                exports: self.launch.plan.exports.clone(),
-                io: outside.io,
-                link: Some(Link::new(outside.stand_in.link).map_err(stand_in)?),
-                journal: outside.journal,
-                cgroup: self.launch.cgroup.clone(),
-                is_first: true,
+            let link = Link::new(outside.stand_in.link).map_err(stand_in)?;
+            let first = match outside.io {
+                Some(io) => {
+                    let new = NewContainer {
+                        id: self.launch.id.to_string(),
+                        spec: self.launch.plan.guest_spec.clone(),
+                        exports: self.launch.plan.exports.clone(),
+                        io,
+                        link: Some(link),
+                        journal: outside.journal,
+                        cgroup: self.launch.cgroup.clone(),
+                        is_first: true,
+                    };
+                    Ok(pod.create(new).await?)
+                }
+                None => {
+                    let mut journal = outside.journal;
+                    journal.set_status(Status::Running);
+                    Err(Empty { _link: link, _journal: journal })
+                }
             };
-            let process = pod.create(new).await?;
             self.timings.mark(timings::CREATED);
             let server = service::serve(pod, &outside.directory).await?;
-            Ok::<_, PodError>((Arc::clone(pod), process, server))
+            Ok::<_, PodError>((Arc::clone(pod), first, server))
         };
-        let (pod, process, _server) = tokio::select! {
+        let (pod, first, _server) = tokio::select! {
             made = made => made?,
             interrupted = interrupted(&signals) => return Err(interrupted),
             () = called_off => return Err(PodError::State("it was called off".into())),
@@ -270,12 +287,13 @@ impl Work<'_> {
         }
         tokio::select! {
             () = over(&pod, self.end.clone()) => {}
-            lost = process.lost() => return Err(lost.into()),
+            lost = lost(first.as_ref().ok()) => return Err(lost.into()),
             lost = sandbox.heartbeat_lost(pod.agent()) => return Err(lost.into()),
             failed = pod.follow_network() => return Err(failed),
-            failed = forward(&process, &signals, foreground) => return Err(failed),
+            failed = forward(first.as_deref().ok(), &signals, foreground) => return Err(failed),
         }
         self.timings.mark(timings::EXITED);
+        let Ok(process) = first else { return Ok(Exit::default()) };
         match process.phase() {
             Phase::Stopped(exit) => Ok(exit),
             Phase::Created | Phase::Running => Err(PodError::State("the container has not ended".into())),
@@ -300,6 +318,14 @@ impl Work<'_> {
         self.timings.mark_at(timings::FIRST_RUN, vm.timeline().first_run());
         self.timings.mark_at(timings::VM_ENDED, vm.timeline().ended());
         self.timings.fact("kvm_exits", vm.exits());
+    }
+}
+
+/// Returns when the first process cannot be heard of any more.
+async fn lost(process: Option<&Arc<Process>>) -> AgentError {
+    match process {
+        Some(process) => process.lost().await,
+        None => std::future::pending().await,
     }
 }
 
@@ -340,12 +366,20 @@ async fn interrupted(signals: &Listening) -> PodError {
     }
 }
 
-/// Passes signals on, one after the other; returns only when they cannot be read any more.
+/// Passes signals on, one after the other; returns only when they cannot be read any more. Without a process they are
+/// dropped.
 ///
 /// In the background only SIGTERM is meant for the container: the host goes down.
-async fn forward(process: &Process, signals: &Listening, foreground: bool) -> PodError {
+async fn forward(process: Option<&Process>, signals: &Listening, foreground: bool) -> PodError {
     loop {
-        match signals.next().await {
+        let received = signals.next().await;
+        let Some(process) = process else {
+            match received {
+                Ok(_) => continue,
+                Err(error) => return PodError::Signals(error),
+            }
+        };
+        match received {
             Ok(Received::Resized) => process.resized().await,
             // Nobody reads on, and the user has had enough.
             Ok(received) if process.has_exited() && received.ends().is_some() => process.give_up(),

@@ -68,6 +68,16 @@ cp -L /lib64/ld-linux-x86-64.so.2 qemu/lib/
 for firmware in bios-256k.bin bios-microvm.bin; do cp -L "/usr/share/seabios/$firmware" qemu/share/; done
 cp -L /usr/share/qemu/pvh.bin /usr/share/qemu/linuxboot_dma.bin /usr/share/qemu/kvmvapic.bin qemu/share/
 
+# containerd of other Debian releases, each with its client and its shim for runc. They need nothing but the C library.
+for package in containerd_*.deb; do
+    dpkg -x "$package" other
+    version=$(echo "${package#containerd_}" | cut -d . -f 1,2)
+    mkdir "/opt/containerd-$version"
+    for program in containerd ctr containerd-shim-runc-v2; do mv "other/usr/bin/$program" "/opt/containerd-$version/"; done
+    "/opt/containerd-$version/containerd" --version >/dev/null
+    rm -rf other
+done
+
 # The root file system: no service of an engine starts by itself, and systemd skips what a disposable machine does
 # not need: each process that it starts costs tens of milliseconds here.
 systemctl set-default multi-user.target

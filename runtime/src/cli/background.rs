@@ -113,7 +113,7 @@ fn run(root: &StateRoot, launch: &Launch, front: Made) -> anyhow::Result<()> {
         let journal = Journal::new(state, record);
         launch.enter_cgroup(pid)?;
         probe::ensure(root)?;
-        Ok((Outside { io, stand_in, signals, journal, directory }, watcher))
+        Ok((Outside { io: Some(io), stand_in, signals, journal, directory }, watcher))
     };
     let mut timings = Timings::start();
     match prepared() {

@@ -2,14 +2,21 @@
 
 use std::io::Write;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// Prints what this runtime can do.
 ///
 /// # Errors
 /// Those of standard output.
 pub fn features() -> anyhow::Result<u8> {
-    let features = json!({
+    writeln!(std::io::stdout(), "{:#}", described_features())?;
+    Ok(0)
+}
+
+/// What this runtime can do, as the OCI runtime specification describes it.
+#[must_use]
+pub fn described_features() -> Value {
+    json!({
         "ociVersionMin": "1.0.0",
         "ociVersionMax": "1.2.0",
         "hooks": ["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"],
@@ -25,9 +32,7 @@ pub fn features() -> anyhow::Result<u8> {
             "mountExtensions": { "idmap": { "enabled": true } },
         },
         "annotations": { "io.katavm.version": env!("CARGO_PKG_VERSION") },
-    });
-    writeln!(std::io::stdout(), "{features:#}")?;
-    Ok(0)
+    })
 }
 
 const MOUNT_OPTIONS: &[&str] = &[

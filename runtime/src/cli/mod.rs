@@ -34,6 +34,7 @@ use crate::state::{Found, Id, StateRoot};
 use crate::timings::Timings;
 pub use arguments::LogFormat;
 use arguments::{Arguments, Command, Config, Global, Machine};
+pub use features::described_features;
 pub use messages::log_to;
 
 /// What every failure of katavm itself ends with, as with runc.

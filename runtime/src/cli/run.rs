@@ -73,9 +73,9 @@ pub fn run(global: &Global, options: Run, mut timings: Timings) -> anyhow::Resul
         terminal: terminal.map(Arc::new),
         fallback_size: launch.console_size(),
         patience: None,
-        held: Vec::new(),
+        lingers: false,
     };
-    let outside = Outside { io, stand_in, signals, journal, directory };
+    let outside = Outside { io: Some(io), stand_in, signals, journal, directory };
     let outcome = supervise::supervise(&launch, outside, Mode::Foreground, &mut timings);
     if !keep {
         let state_now = launch.record().for_hooks(Status::Stopped);

@@ -8,6 +8,7 @@ mod code;
 mod files;
 mod idmap;
 mod limits;
+mod loops;
 mod mounts;
 mod namespaces;
 mod netns;

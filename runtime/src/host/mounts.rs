@@ -14,6 +14,8 @@ use rustix::mount::{
 };
 use rustix::process::{chdir, pivot_root};
 
+use super::loops::Loop;
+
 /// Makes the mounts of this namespace invisible to others, while theirs still appear here (`MS_SLAVE`).
 ///
 /// # Errors
@@ -54,21 +56,24 @@ const LONGEST_OPTIONS: usize = 4096;
 /// The option of overlayfs that lists its layers.
 const LAYERS: &str = "lowerdir=";
 
-/// Mounts as mount(8) does with these options; `bind` and `rbind` are options as well.
+/// Mounts as mount(8) does with these options; `bind`, `rbind` and `loop` are options as well.
 ///
 /// # Errors
-/// Those of mount(2), and `InvalidInput` for options that it would not read to their end.
+/// Those of mount(2) and of [`Loop::over`], and `InvalidInput` for options that mount(2) would not read to their end.
 pub fn mount(kind: &str, source: &str, options: &[String], target: &Path) -> io::Result<()> {
-    let (mut flags, mut bind, mut data) = (MountFlags::empty(), None, Vec::new());
+    let (mut flags, mut bind, mut is_file, mut data) = (MountFlags::empty(), None, false, Vec::new());
     for option in options {
         match (option.as_str(), FLAGS.iter().find(|(name, ..)| name == option)) {
             ("bind", _) => bind = Some(false),
             ("rbind", _) => bind = Some(true),
+            ("loop", _) => is_file = true,
             (_, Some((_, flag, set))) => flags.set(*flag, *set),
             (other, None) => data.push(other),
         }
     }
     let Some(recursive) = bind else {
+        let device = is_file.then(|| Loop::over(Path::new(source), flags.contains(MountFlags::RDONLY))).transpose()?;
+        let source = device.as_ref().map_or(Path::new(source), Loop::path);
         let joined = data.join(",");
         let is_long = joined.len() >= LONGEST_OPTIONS;
         return match is_long.then(|| relative_layers(&data)).flatten() {
@@ -94,7 +99,7 @@ pub fn mount(kind: &str, source: &str, options: &[String], target: &Path) -> io:
     Ok(remounted.inspect_err(|_| drop(unmount(target)))?)
 }
 
-fn mount_with(kind: &str, source: &str, flags: MountFlags, data: &str, target: &Path) -> io::Result<()> {
+fn mount_with(kind: &str, source: &Path, flags: MountFlags, data: &str, target: &Path) -> io::Result<()> {
     if data.len() >= LONGEST_OPTIONS {
         // mount(2) would cut them off, and a shorter list of layers may be a wrong one.
         let reason = format!("its options are longer than {LONGEST_OPTIONS} bytes");

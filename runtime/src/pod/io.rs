@@ -24,8 +24,8 @@ pub struct Io {
     /// How long the news of the process' end wait for output that nobody reads, counted from when something was read
     /// last; without end if this says nothing.
     pub patience: Option<Duration>,
-    /// Held open until the process is removed.
-    pub held: Vec<OwnedFd>,
+    /// Output that has arrived is not let go of before somebody has read it, or the process is removed.
+    pub lingers: bool,
 }
 
 impl Io {
@@ -38,7 +38,7 @@ impl Io {
             terminal: None,
             fallback_size: WindowSize::default(),
             patience: None,
-            held: Vec::new(),
+            lingers: false,
         }
     }
 

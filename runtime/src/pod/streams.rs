@@ -58,7 +58,7 @@ impl Streams {
                 let pump = stream.try_clone().and_then(|stream| pump_input(name, stream, copy(source)?));
                 streams.input = Some(pump.map_err(failed(name))?);
             }
-            streams.add(name, pump_output(name, stream, sink, Arc::clone(moved)).map_err(failed(name))?);
+            streams.add(name, pump_output(name, stream, sink, Arc::clone(moved), io.lingers).map_err(failed(name))?);
             return Ok(streams);
         }
         let outputs = [
@@ -68,7 +68,7 @@ impl Streams {
         for (sink, kind, name) in outputs {
             if let Some(sink) = sink {
                 let stream = connect(kind, name).await?;
-                let pump = copy(sink).and_then(|sink| pump_output(name, stream, sink, Arc::clone(moved)));
+                let pump = copy(sink).and_then(|sink| pump_output(name, stream, sink, Arc::clone(moved), io.lingers));
                 streams.add(name, pump.map_err(failed(name))?);
             }
         }

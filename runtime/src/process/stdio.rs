@@ -6,15 +6,15 @@
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::Shutdown;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
-use rustix::fs::{major, minor};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::fs::{inotify, major, minor};
 use tokio::sync::oneshot;
 
 /// Bytes that are moved at once: what a pipe can hold by default, four times.
@@ -83,16 +83,24 @@ impl OutputStop {
 /// Moves what the container writes to `sink` until it has closed the stream, and counts the bytes in `moved`.
 ///
 /// When nobody reads `sink` any more, the stream is closed, and the container's next write fails as it would
-/// have with an ordinary pipe.
+/// have with an ordinary pipe. With `lingers`, `sink` is a named pipe of which this process has both ends: they stay open
+/// until what is in it was read, whether somebody reads it already or comes later.
 ///
 /// # Errors
 /// When no thread, eventfd or duplicate can be made.
-pub fn pump_output(name: &str, mut stream: UnixStream, sink: OwnedFd, moved: Arc<AtomicU64>) -> io::Result<OutputPump> {
+pub fn pump_output(
+    name: &str,
+    mut stream: UnixStream,
+    sink: OwnedFd,
+    moved: Arc<AtomicU64>,
+    lingers: bool,
+) -> io::Result<OutputPump> {
     let (ended, end) = oneshot::channel();
     let stopped = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
     let stop = OutputStop { event: Arc::clone(&stopped), stream: stream.try_clone()? };
     thread::Builder::new().name(name.to_owned()).spawn(move || {
-        let result = copy(&mut stream, &Sink { fd: sink, stopped, moved });
+        let sink = Sink { fd: sink, stopped, moved };
+        let result = copy(&mut stream, &sink);
         // One that the guest has closed already needs no shutdown.
         let _ = stream.shutdown(Shutdown::Both);
         let result = match result {
@@ -101,6 +109,9 @@ pub fn pump_output(name: &str, mut stream: UnixStream, sink: OwnedFd, moved: Arc
         };
         // Nobody waits for it when the guest has failed.
         let _ = ended.send(result);
+        if lingers && let Err(error) = sink.linger() {
+            log::warn!("what was written last may be lost: {error}");
+        }
     })?;
     Ok(OutputPump { end, stop })
 }
@@ -138,6 +149,30 @@ impl Sink {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => self.wait()?,
                 Err(error) => return Err(error),
             }
+        }
+        Ok(())
+    }
+
+    /// Returns when everything in it was read, or when the stream was stopped.
+    fn linger(&self) -> io::Result<()> {
+        /// For kernels that do not tell of what splice(2) reads.
+        const AGAIN: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+        let watch = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
+        let path = format!("/proc/self/fd/{}", self.fd.as_raw_fd());
+        inotify::add_watch(&watch, path, inotify::WatchFlags::ACCESS)?;
+        while rustix::io::ioctl_fionread(&self.fd)? > 0 {
+            let mut fds = [PollFd::new(&watch, PollFlags::IN), PollFd::new(&self.stopped, PollFlags::IN)];
+            match poll(&mut fds, Some(&AGAIN)) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+            let [_, stopped] = fds.map(|fd| !fd.revents().is_empty());
+            if stopped {
+                break;
+            }
+            // What they say is of no interest, only that there are some.
+            let mut events = [0_u8; 1024];
+            while rustix::io::read(&watch, &mut events).is_ok_and(|len| len > 0) {}
         }
         Ok(())
     }
@@ -241,6 +276,7 @@ fn feed(mut stream: &UnixStream, source: &OwnedFd, stop: &OwnedFd, rest_first: &
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::OpenOptionsExt as _;
     use std::time::Duration;
 
     use super::*;
@@ -253,7 +289,7 @@ mod tests {
     fn output_arrives_whole_through_a_slow_reader() {
         let (ours, mut guest) = UnixStream::pair().unwrap();
         let (mut reader, sink) = io::pipe().unwrap();
-        let pump = pump_output("out", ours, sink.into(), Arc::default()).unwrap();
+        let pump = pump_output("out", ours, sink.into(), Arc::default(), false).unwrap();
         let data = pattern(5_000_000);
         let sent = data.clone();
         let writer = thread::spawn(move || guest.write_all(&sent).unwrap());
@@ -276,7 +312,7 @@ mod tests {
         let (ours, mut guest) = UnixStream::pair().unwrap();
         let (mut reader, sink) = io::pipe().unwrap();
         rustix::io::ioctl_fionbio(&sink, true).unwrap();
-        let pump = pump_output("out", ours, sink.into(), Arc::default()).unwrap();
+        let pump = pump_output("out", ours, sink.into(), Arc::default(), false).unwrap();
         let data = pattern(1_000_000);
         let sent = data.clone();
         thread::spawn(move || guest.write_all(&sent).unwrap());
@@ -290,7 +326,7 @@ mod tests {
     fn a_reader_that_goes_closes_the_stream() {
         let (ours, mut guest) = UnixStream::pair().unwrap();
         let (reader, sink) = io::pipe().unwrap();
-        let pump = pump_output("out", ours, sink.into(), Arc::default()).unwrap();
+        let pump = pump_output("out", ours, sink.into(), Arc::default(), false).unwrap();
         drop(reader);
         // Some of it may be on its way before the other side notices.
         let error = (0..1000).find_map(|_| guest.write_all(&[0; 4096]).err()).expect("the stream stays open");
@@ -305,7 +341,7 @@ mod tests {
         let (reader, sink) = io::pipe().unwrap();
         rustix::io::ioctl_fionbio(&sink, true).unwrap();
         let moved = Arc::<AtomicU64>::default();
-        let pump = pump_output("out", ours, sink.into(), Arc::clone(&moved)).unwrap();
+        let pump = pump_output("out", ours, sink.into(), Arc::clone(&moved), false).unwrap();
         thread::spawn(move || while guest.write_all(&[0; 65536]).is_ok() {});
         let mut before = u64::MAX;
         while moved.load(Ordering::Relaxed) != before || before == 0 {
@@ -319,10 +355,36 @@ mod tests {
     }
 
     #[test]
+    fn what_was_written_to_a_named_pipe_waits_for_its_reader() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("pipe");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let sink = || File::options().read(true).write(true).open(&path).unwrap().into();
+        let run = |sink| {
+            let (ours, mut guest) = UnixStream::pair().unwrap();
+            let pump = pump_output("out", ours, sink, Arc::default(), true).unwrap();
+            guest.write_all(b"last words").unwrap();
+            drop(guest);
+            pump.end.blocking_recv().unwrap().unwrap();
+            pump.stop
+        };
+        let _stop = run(sink());
+        let mut text = String::new();
+        // Its end comes when all was read.
+        File::open(&path).unwrap().read_to_string(&mut text).unwrap();
+        assert_eq!(text, "last words");
+        // Removed before anybody has come.
+        run(sink()).stop();
+        let mut left = vec![0; 100];
+        let reader = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&path).unwrap();
+        while (&reader).read(&mut left).map_or(true, |len| len > 0) {}
+    }
+
+    #[test]
     fn a_full_disk_is_told() {
         let (ours, mut guest) = UnixStream::pair().unwrap();
         let full = File::options().write(true).open("/dev/full").unwrap();
-        let pump = pump_output("out", ours, full.into(), Arc::default()).unwrap();
+        let pump = pump_output("out", ours, full.into(), Arc::default(), false).unwrap();
         guest.write_all(b"x").unwrap();
         assert_eq!(pump.end.blocking_recv().unwrap().unwrap_err().raw_os_error(), Some(libc::ENOSPC));
     }

@@ -101,8 +101,17 @@ pub struct Plan {
     pub view: View,
 }
 
-/// The container of the same sandbox that a namespace is shared with, by the namespace's type.
-pub type SharedNamespaces = HashMap<LinuxNamespaceType, Id>;
+/// Whose namespace of the same sandbox is shared.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Owner {
+    /// Another container's.
+    Container(Id),
+    /// The guest's own, which is the pod's.
+    Guest,
+}
+
+/// Whose namespaces are shared, by the namespaces' types.
+pub type SharedNamespaces = HashMap<LinuxNamespaceType, Owner>;
 
 impl Plan {
     /// Plans what a container needs of its sandbox: of one that is to be made, or as one more of one that is there.
@@ -215,12 +224,23 @@ fn strip(spec: &mut Spec, shared: &SharedNamespaces) {
     linux.set_mount_label(None);
     linux.set_memory_policy(None);
     if let Some(namespaces) = linux.namespaces_mut() {
+        // A container without one is in the guest's.
+        namespaces.retain(|namespace| shared.get(&namespace.typ()) != Some(&Owner::Guest));
         for namespace in namespaces {
             // The agent knows where the other container's is.
-            let owner = shared.get(&namespace.typ()).map(|id| PathBuf::from(format!("{CONTAINER}{id}")));
+            let owner = match shared.get(&namespace.typ()) {
+                Some(Owner::Container(id)) => Some(PathBuf::from(format!("{CONTAINER}{id}"))),
+                Some(Owner::Guest) | None => None,
+            };
             namespace.set_path(owner.filter(|_| namespace.path().is_some()));
         }
     }
+    if shared.get(&LinuxNamespaceType::Uts) == Some(&Owner::Guest) {
+        // They are the pod's.
+        spec.set_hostname(None);
+        spec.set_domainname(None);
+    }
+    let Some(linux) = spec.linux_mut() else { return };
     if let Some(resources) = linux.resources_mut() {
         limits::keep_guests(resources);
     }
@@ -271,6 +291,29 @@ mod tests {
         let plan = Plan::new(&"c1".parse().unwrap(), &bundle, SizeOptions::default(), &HashMap::new()).unwrap();
         let spec = serde_json::from_slice(&plan.guest_spec).unwrap();
         (plan, spec)
+    }
+
+    #[test]
+    fn shared_namespaces_are_another_containers_or_the_guests() {
+        let mut spec: Spec = serde_json::from_value(json!({
+            "ociVersion": "1.2.0",
+            "hostname": "h",
+            "domainname": "d",
+            "linux": { "namespaces": [
+                { "type": "ipc", "path": "/proc/1/ns/ipc" },
+                { "type": "uts", "path": "/proc/1/ns/uts" },
+                { "type": "pid", "path": "/proc/1/ns/pid" },
+                { "type": "mount" },
+            ] },
+        }))
+        .unwrap();
+        let owner = Owner::Container("c0".parse().unwrap());
+        let shared = [(LinuxNamespaceType::Uts, Owner::Guest), (LinuxNamespaceType::Ipc, owner)];
+        strip(&mut spec, &SharedNamespaces::from(shared));
+        let spec = serde_json::to_value(spec).unwrap();
+        let expected = json!([{ "type": "ipc", "path": "container:c0" }, { "type": "pid" }, { "type": "mount" }]);
+        assert_eq!(spec["linux"]["namespaces"], expected);
+        assert!(spec["hostname"].is_null() && spec["domainname"].is_null());
     }
 
     fn error(mounts: Value) -> String {

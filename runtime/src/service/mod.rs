@@ -7,6 +7,7 @@ mod member;
 mod task;
 mod watch;
 
+use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -45,16 +46,17 @@ pub async fn serve(pod: &Arc<Pod>, directory: &Path) -> Result<Service, PodError
     let attach = attach::listen(&short.join(ATTACH), pod).map_err(failed)?;
     let listener = UnixListener::bind(short.join(TASK)).map_err(failed)?;
     let service = Arc::new(TaskService::new(Arc::clone(pod), attach.pending(), short));
-    let server = serve_task(service, listener).await.map_err(failed)?;
+    let server = serve_task(service, HashMap::new(), listener).await.map_err(failed)?;
     Ok(Service { _server: server, _attach: attach })
 }
 
-/// Serves the Task API to who connects, until the server is dropped.
+/// Serves the Task API, and `more` beside it, to who connects, until the server is dropped.
 ///
 /// # Errors
 /// That it cannot be started.
 pub async fn serve_task<T: Task + Send + Sync + 'static>(
     service: Arc<T>,
+    more: HashMap<String, ttrpc::r#async::Service>,
     listener: UnixListener,
 ) -> io::Result<Server> {
     let stream = futures::stream::unfold(listener, |listener| async move {
@@ -64,6 +66,7 @@ pub async fn serve_task<T: Task + Send + Sync + 'static>(
     // Versions 2 and 3 of the service have the same messages.
     let mut methods = create_task(service.clone());
     methods.extend(create_task(service).into_iter().map(|(name, service)| (name.replace(".v3.", ".v2."), service)));
+    methods.extend(more);
     let mut server = Server::new().add_listener(Listener::new(stream)).register_service(methods);
     server.start().await.map_err(io::Error::other)?;
     Ok(server)

@@ -9,6 +9,7 @@ use containerd_shim_protos::api::{
     ResizePtyRequest, ResumeRequest, StartRequest, StartResponse, StateRequest, StateResponse, StatsRequest,
     StatsResponse, Status as TaskStatus, UpdateTaskRequest, WaitRequest, WaitResponse,
 };
+use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::shim_async::Task;
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
@@ -41,6 +42,14 @@ impl TaskService {
     /// Over a pod; descriptors for processes come by `pending`. Served by sockets in `directory`.
     pub fn new(pod: Arc<Pod>, pending: Pending, directory: ShortPath) -> Self {
         Self { pod, pending, directory }
+    }
+
+    /// What a container uses.
+    ///
+    /// # Errors
+    /// Any [`PodError`].
+    pub async fn metrics(&self, id: &str) -> Result<Metrics, PodError> {
+        Ok(metrics::v2(&self.pod.stats(id).await?))
     }
 }
 
@@ -225,8 +234,8 @@ impl Task for TaskService {
     }
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
-        let stats = self.pod.stats(&request.id).await.map_err(refusal)?;
-        let packed = Any::pack(&metrics::v2(&stats)).map_err(|error| ttrpc::Error::Others(error.to_string()))?;
+        let stats = self.metrics(&request.id).await.map_err(refusal)?;
+        let packed = Any::pack(&stats).map_err(|error| ttrpc::Error::Others(error.to_string()))?;
         Ok(StatsResponse { stats: MessageField::some(packed), ..Default::default() })
     }
 

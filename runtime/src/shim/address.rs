@@ -45,6 +45,19 @@ impl Address {
         Self { path: Path::new(FOLDER).join(name) }
     }
 
+    /// The same in another folder.
+    #[must_use]
+    pub fn within(&self, folder: &Path) -> Self {
+        Self { path: self.path.file_name().map_or_else(|| self.path.clone(), |name| folder.join(name)) }
+    }
+
+    /// What `start` has written to a bundle.
+    #[must_use]
+    pub fn of_bundle(bundle: &Path) -> Option<Self> {
+        let url = fs::read_to_string(bundle.join("address")).ok()?;
+        Some(Self { path: url.trim_end().strip_prefix("unix://")?.into() })
+    }
+
     /// As containerd wants it.
     #[must_use]
     pub fn url(&self) -> String {
@@ -63,8 +76,8 @@ impl Address {
     /// # Errors
     /// Those of bind(2).
     pub fn claim(&self) -> io::Result<Option<UnixListener>> {
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(FOLDER)?;
-        let folder = File::open(FOLDER)?;
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(self.folder())?;
+        let folder = File::open(self.folder())?;
         folder.lock()?;
         if self.answers() {
             return Ok(None);
@@ -80,9 +93,13 @@ impl Address {
     /// # Errors
     /// Those of unlink(2).
     pub fn sweep(&self) -> io::Result<()> {
-        let Ok(folder) = File::open(FOLDER) else { return Ok(()) };
+        let Ok(folder) = File::open(self.folder()) else { return Ok(()) };
         folder.lock()?;
         if self.answers() { Ok(()) } else { self.remove() }
+    }
+
+    fn folder(&self) -> &Path {
+        self.path.parent().unwrap_or(Path::new(FOLDER))
     }
 
     /// Where it is.
@@ -164,6 +181,17 @@ mod tests {
         let _second = UnixListener::bind(&path).unwrap();
         own.remove();
         assert!(path.exists());
+    }
+
+    #[test]
+    fn an_address_may_be_in_another_folder_and_is_read_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let address = Address::of("/a", "n", "g").within(folder.path());
+        assert_eq!(address.path.parent().unwrap(), folder.path());
+        assert_eq!(address.path.file_name(), Address::of("/a", "n", "g").path.file_name());
+        assert_eq!(Address::of_bundle(folder.path()), None);
+        fs::write(folder.path().join("address"), address.url()).unwrap();
+        assert_eq!(Address::of_bundle(folder.path()), Some(address));
     }
 
     #[test]

@@ -15,6 +15,8 @@ pub enum Action {
     Serve,
     /// Print the version.
     Version,
+    /// Describe the runtime.
+    Info,
 }
 
 /// The command line.
@@ -30,6 +32,8 @@ pub struct Arguments {
     pub address: String,
     /// The container's bundle; given to `delete` only. `start` is run in it.
     pub bundle: Option<PathBuf>,
+    /// containerd's program.
+    pub publish_binary: Option<PathBuf>,
     /// Tell more in the log.
     pub debug: bool,
 }
@@ -47,6 +51,7 @@ impl Arguments {
             id: String::new(),
             address: String::new(),
             bundle: None,
+            publish_binary: None,
             debug: false,
         };
         while let Some(argument) = arguments.next() {
@@ -69,14 +74,13 @@ impl Arguments {
                 "id" => parsed.id = value()?,
                 "address" => parsed.address = value()?,
                 "bundle" => parsed.bundle = Some(value()?.into()),
-                // Events go by the socket that TTRPC_ADDRESS names.
-                "publish-binary" | "socket" => drop(value()?),
+                "publish-binary" => parsed.publish_binary = Some(value()?.into()),
+                "socket" => drop(value()?),
                 "debug" => parsed.debug = given.is_none_or(|given| given == "true"),
-                "v" | "version" => parsed.action = Action::Version,
+                // They need nothing else.
+                "v" | "version" => return Ok(Self { action: Action::Version, ..parsed }),
+                "info" => return Ok(Self { action: Action::Info, ..parsed }),
                 other => bail!("unknown option -{other}"),
-            }
-            if parsed.action == Action::Version {
-                return Ok(parsed);
             }
         }
         for (name, value) in [("namespace", &parsed.namespace), ("id", &parsed.id)] {
@@ -102,9 +106,11 @@ mod tests {
         let start = parse(line).unwrap();
         assert_eq!((start.action, start.namespace.as_str(), start.id.as_str()), (Action::Start, "k8s.io", "c1"));
         assert!(start.debug && start.address == "/run/c.sock");
+        assert_eq!(start.publish_binary, Some("/bin/containerd".into()));
         let delete = parse("--namespace=default -id=c1 -bundle /b delete").unwrap();
         assert_eq!((delete.action, delete.bundle), (Action::Delete, Some("/b".into())));
         assert_eq!(parse("-v").unwrap().action, Action::Version);
+        assert_eq!(parse("-info").unwrap().action, Action::Info);
         assert_eq!(parse("-namespace n -id c1").unwrap().action, Action::Serve);
     }
 

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use containerd_shim_protos::api::{CreateTaskRequest, DeleteRequest, DeleteResponse, ExecProcessRequest};
+use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::events::task::{
     TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskOOM, TaskStart,
 };
@@ -17,7 +18,7 @@ use super::events::Events;
 use super::io::{self, Named};
 use super::logger::Logger;
 use super::rootfs;
-use super::server::Order;
+use super::server::{First, Order};
 use crate::config::Bundle;
 use crate::hooks::{self, Point};
 use crate::host;
@@ -51,6 +52,8 @@ struct State {
     served: Option<Served>,
     /// Nothing more is made.
     closed: bool,
+    /// The pod begins with its sandbox and not with a container, and ends when that is told to.
+    has_sandbox: bool,
     /// By id.
     known: HashMap<String, Known>,
 }
@@ -134,14 +137,65 @@ impl Containers {
     /// Ends everything, if there is no container; `first` is done when nothing more can be made. A container that is to
     /// be the pod's first and is being made still does not count: who asked for it has given up.
     pub fn shut_down(&self, first: impl FnOnce()) {
-        let mut state = self.state();
-        if state.known.values().any(|known| state.served.is_some() || matches!(known, Known::Made { .. })) {
-            return;
-        }
-        state.closed = true;
-        first();
+        let state = self.state();
+        let in_use = state.known.values().any(|known| state.served.is_some() || matches!(known, Known::Made { .. }));
+        // A sandbox is told by its own API.
+        let goes_on = in_use || state.has_sandbox;
         drop(state);
+        if !goes_on {
+            self.end(first);
+        }
+    }
+
+    /// Ends everything; `first` is done when nothing more can be made.
+    pub fn end(&self, first: impl FnOnce()) {
+        self.state().closed = true;
+        first();
         self.end.send_replace(true);
+    }
+
+    /// From now on the pod is made by [`Self::start_sandbox`].
+    ///
+    /// # Errors
+    /// That a container has made it.
+    pub fn expect_sandbox(&self) -> Result<(), String> {
+        let mut state = self.state();
+        if !state.known.is_empty() {
+            return Err("this server has a pod already, which its first container has made".into());
+        }
+        state.has_sandbox = true;
+        Ok(())
+    }
+
+    /// Makes the pod without a container; the pid of what stands for it on the host.
+    ///
+    /// # Errors
+    /// Any [`PodError`].
+    pub async fn start_sandbox(&self, id: &str, first: First, stop: watch::Receiver<bool>) -> Result<u32, PodError> {
+        let _making = self.making.lock().await;
+        if self.served().is_some() {
+            return Err(PodError::Exists(format!("sandbox {id}")));
+        }
+        self.make(id, first, stop).await?;
+        let id = id.parse().map_err(|error| PodError::State(format!("{error}")))?;
+        let found = self.root.find(&id).map_err(|error| PodError::State(error.to_string()))?;
+        Ok(found.record.pid)
+    }
+
+    /// What each container uses, as far as it says so.
+    pub async fn stats_of_all(&self) -> Vec<Metrics> {
+        let (served, ids) = {
+            let state = self.state();
+            (state.served.clone(), state.known.keys().cloned().collect::<Vec<_>>())
+        };
+        let mut all = Vec::new();
+        for id in ids {
+            let Some(served) = &served else { break };
+            if let Ok(stats) = served.tasks.metrics(&id).await {
+                all.push(stats);
+            }
+        }
+        all
     }
 
     /// Makes a container; the pid of what stands for it on the host.
@@ -169,8 +223,7 @@ impl Containers {
 
     async fn create_mounted(self: &Arc<Self>, request: &CreateTaskRequest) -> Result<u32, PodError> {
         let (bundle, mounts) = (PathBuf::from(&request.bundle), request.rootfs.clone());
-        let mounted = move || rootfs::mount(&bundle, &mounts).map_err(std::io::Error::other);
-        blocking(mounted).await.map_err(|error| PodError::State(error.to_string()))?;
+        self.beside_requests(move || rootfs::mount(&bundle, &mounts)).await?;
         let created = self.create_on(request).await;
         if created.is_err() {
             rootfs::unmount(Path::new(&request.bundle), request.rootfs.len());
@@ -178,9 +231,34 @@ impl Containers {
         created
     }
 
+    /// Does what may take a while. Others are served meanwhile once there is a pod; before, this process must keep to its
+    /// one thread, as it is about to fork.
+    async fn beside_requests<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, String> + Send + 'static,
+    ) -> Result<T, PodError> {
+        if self.served().is_none() {
+            return work().map_err(PodError::State);
+        }
+        let done = blocking(move || work().map_err(std::io::Error::other)).await;
+        done.map_err(|error| PodError::State(error.to_string()))
+    }
+
+    /// Opens the streams of a process of container `id`.
+    async fn open(&self, told: &Told, id: &str) -> Result<Io, PodError> {
+        let (named, namespace, id) = (told.clone(), self.events.namespace().to_owned(), id.to_owned());
+        let opened = self.beside_requests(move || {
+            let Told { stdin, stdout, stderr, terminal, .. } = &named;
+            io::open(Named { stdin, stdout, stderr, terminal: *terminal }, &namespace, &id)
+        });
+        let (io, logger) = opened.await?;
+        *told.logger() = logger;
+        Ok(io)
+    }
+
     async fn create_on(self: &Arc<Self>, request: &CreateTaskRequest) -> Result<u32, PodError> {
         let told = Told::new(&request.stdin, &request.stdout, &request.stderr, request.terminal);
-        let io = told.open(self.events.namespace(), &request.id).await?;
+        let io = self.open(&told, &request.id).await?;
         let pod = self.create_in_pod(request, io).await?;
         let id = &request.id;
         let (container, process) = (pod.container(id)?, pod.process(id, "")?);
@@ -213,12 +291,21 @@ impl Containers {
             self.create_member(&served, request, io).await?;
             return Ok(served.pod);
         }
+        if self.state().has_sandbox {
+            return Err(PodError::State("the sandbox is not started".into()));
+        }
+        let first = First::Container { request: Box::new(request.clone()), io };
+        self.make(&request.id, first, self.end.subscribe()).await
+    }
+
+    /// Has the pod made, whose state is that of `id`. Only one at a time.
+    async fn make(&self, id: &str, first: First, stop: watch::Receiver<bool>) -> Result<Arc<Pod>, PodError> {
         let over = || PodError::State("the server ends".into());
         let (made, answer) = oneshot::channel();
-        self.orders.send(Order { request: request.clone(), io, made }).await.map_err(|_| over())?;
+        self.orders.send(Order { first, made, stop }).await.map_err(|_| over())?;
         let pod = answer.await.map_err(|_| over())?.map_err(PodError::State)?;
         let failed = |error: std::io::Error| PodError::State(format!("the state directory: {error}"));
-        let directory = ShortPath::of(&self.root.path().join(&request.id)).map_err(failed)?;
+        let directory = ShortPath::of(&self.root.path().join(id)).map_err(failed)?;
         let tasks = Arc::new(TaskService::new(Arc::clone(&pod), Pending::default(), directory.clone()));
         self.state().served = Some(Served { pod: Arc::clone(&pod), tasks, directory });
         Ok(pod)
@@ -328,7 +415,7 @@ impl Containers {
     pub async fn exec(self: &Arc<Self>, served: &Served, request: ExecProcessRequest) -> Result<(), PodError> {
         let ExecProcessRequest { id, exec_id, terminal, stdin, stdout, stderr, spec, .. } = request;
         let told = Told::new(&stdin, &stdout, &stderr, terminal);
-        let io = told.open(self.events.namespace(), &id).await?;
+        let io = self.open(&told, &id).await?;
         let spec = spec.into_option().unwrap_or_default().value;
         let process = served.pod.create_exec(&id, &exec_id, spec, io, None).await?;
         let pid = served.pod.container(&id)?.record().pid;
@@ -427,20 +514,6 @@ impl Told {
             ended: watch::Sender::new(false),
             logger: Arc::default(),
         }
-    }
-
-    /// Opens its streams. It is for a process of container `id`.
-    async fn open(&self, namespace: &str, id: &str) -> Result<Io, PodError> {
-        let (told, namespace, id) = (self.clone(), namespace.to_owned(), id.to_owned());
-        // A logger may take its time.
-        let opened = blocking(move || {
-            let Self { stdin, stdout, stderr, terminal, .. } = &told;
-            let named = Named { stdin, stdout, stderr, terminal: *terminal };
-            io::open(named, &namespace, &id).map_err(std::io::Error::other)
-        });
-        let (io, logger) = opened.await.map_err(|error| PodError::State(error.to_string()))?;
-        *self.logger() = logger;
-        Ok(io)
     }
 
     fn logger(&self) -> MutexGuard<'_, Option<Logger>> {

@@ -59,6 +59,9 @@ pub fn delete(arguments: &Arguments) -> anyhow::Result<Vec<u8>> {
 fn address(arguments: &Arguments, found: Option<&Found>) -> Address {
     let named = found.and_then(|found| named_group(|name| found.record.annotations.get(name).map(String::as_str)));
     let bundle = arguments.bundle.as_deref().unwrap_or(Path::new("."));
+    if let Some(noted) = Address::of_bundle(bundle) {
+        return noted;
+    }
     let group = named.map_or_else(|| group(bundle, &arguments.id), str::to_owned);
     Address::of(&arguments.address, &arguments.namespace, &group)
 }

@@ -1,13 +1,13 @@
 //! A process' streams as containerd names them: named pipes that it reads, files, or a program that takes them.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::time::Duration;
 
 use super::logger::Logger;
-use super::uri::Uri;
+use super::uri::{FIFO, Uri};
 use crate::pod::Io;
 use crate::process::stdio::Inherited;
 
@@ -44,15 +44,14 @@ pub fn open(named: Named<'_>, namespace: &str, id: &str) -> Result<(Io, Option<L
         let io = all(Inherited { stdin, stdout: Some(stdout), stderr: with_stderr.then_some(stderr) }, named.terminal);
         return Ok((io, Some(logger)));
     }
-    let mut held = Vec::new();
-    let mut sink = |what: &str, name: &str| match name {
+    let sink = |what: &str, name: &str| match name {
         "" => Ok(None),
-        name => output(name, &mut held).map(Some).map_err(|error| format!("{what} {name}: {error}")),
+        name => output(name).map(Some).map_err(|error| format!("{what} {name}: {error}")),
     };
     let stdout = sink("standard output", named.stdout)?;
     let stderr = if with_stderr { sink("standard error", named.stderr)? } else { None };
     let io = all(Inherited { stdin, stdout, stderr }, named.terminal);
-    Ok((Io { held, ..io }, None))
+    Ok((Io { lingers: uri.scheme == FIFO, ..io }, None))
 }
 
 fn all(stdio: Inherited, terminal: bool) -> Io {
@@ -67,15 +66,14 @@ fn input(name: &str) -> io::Result<OwnedFd> {
     Ok(File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path)?.into())
 }
 
-fn output(name: &str, held: &mut Vec<OwnedFd>) -> io::Result<OwnedFd> {
+fn output(name: &str) -> io::Result<OwnedFd> {
     let Uri { scheme, path, .. } = Uri::of(name);
     match scheme.as_str() {
-        "fifo" => {
-            let open = |options: &mut OpenOptions| options.custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(&path);
-            // Nobody reads it here. But with an end to read it, what is written stays in it while containerd starts again,
-            // even after the process has ended; and whoever reads it hears of the end all the same.
-            held.push(open(File::options().read(true))?.into());
-            Ok(open(File::options().write(true))?.into())
+        // Read and write: it neither waits for a reader nor ends with one, so containerd may start again meanwhile.
+        FIFO => {
+            let mut options = File::options();
+            options.read(true).write(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC);
+            Ok(options.open(path)?.into())
         }
         "file" => {
             if let Some(folder) = path.parent() {
@@ -129,27 +127,15 @@ mod tests {
     }
 
     #[test]
-    fn what_was_written_stays_until_the_process_is_removed() {
-        let folder = tempfile::tempdir().unwrap();
-        let stdout = fifo(folder.path(), "out");
-        let (io, _) = open(Named { stdin: "", stdout: &stdout, stderr: "", terminal: false }, "n", "c1").unwrap();
-        File::from(io.stdio.stdout.unwrap()).write_all(b"last words").unwrap();
-        let mut text = String::new();
-        File::open(&stdout).unwrap().read_to_string(&mut text).unwrap();
-        assert_eq!(text, "last words");
-        drop(io.held);
-    }
-
-    #[test]
     fn files_are_appended_to_and_the_rest_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("logs/x");
         let name = format!("file://{}", path.display());
         for text in ["a", "b"] {
-            File::from(output(&name, &mut Vec::new()).unwrap()).write_all(text.as_bytes()).unwrap();
+            File::from(output(&name).unwrap()).write_all(text.as_bytes()).unwrap();
         }
         assert_eq!(std::fs::read_to_string(path).unwrap(), "ab");
-        let error = output("ttrpc+unix:///x", &mut Vec::new()).unwrap_err().to_string();
+        let error = output("ttrpc+unix:///x").unwrap_err().to_string();
         assert!(error.contains("ttrpc+unix://"), "{error}");
     }
 }

@@ -4,14 +4,19 @@
 
 mod address;
 mod arguments;
+mod bootstrap;
+mod containerd;
 mod containers;
 mod delete;
 mod events;
+mod info;
+mod input;
 mod io;
 mod logger;
 mod logging;
 mod options;
 mod rootfs;
+mod sandbox;
 mod server;
 mod service;
 mod start;
@@ -44,7 +49,8 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let mut out = std::io::stdout();
     match arguments.action {
         Action::Version => writeln!(out, "{NAME}:\n  Version: {}", env!("CARGO_PKG_VERSION"))?,
-        Action::Start => write!(out, "{}", start::start(arguments)?)?,
+        Action::Info => out.write_all(&info::info()?)?,
+        Action::Start => out.write_all(&start::start(arguments)?)?,
         Action::Delete => out.write_all(&delete::delete(arguments)?)?,
         Action::Serve => server::serve(arguments)?,
     }

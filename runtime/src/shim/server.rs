@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use containerd_shim_protos::api::CreateTaskRequest;
+use containerd_shim_protos::sandbox_async::create_sandbox;
 use nix::sched::CloneFlags;
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -16,9 +17,10 @@ use super::arguments::Arguments;
 use super::containers::Containers;
 use super::events::Events;
 use super::logging;
-use super::options;
+use super::options::config_path;
+use super::sandbox::{SandboxConfig, SandboxService};
 use super::service::ShimService;
-use super::start::LISTENER;
+use super::start::{LISTENER, TTRPC_ADDRESS};
 use crate::hooks;
 use crate::host;
 use crate::launch::{self, Launch};
@@ -27,7 +29,7 @@ use crate::process::signals::Signals;
 use crate::sandbox::probe;
 use crate::service::serve_task;
 use crate::settings::Settings;
-use crate::state::{Journal, Record, StateRoot, Status};
+use crate::state::{Journal, StateRoot, Status};
 use crate::supervise::{self, Mode, Outside, Served};
 use crate::timings::Timings;
 use crate::watcher;
@@ -41,14 +43,45 @@ pub fn state_root(namespace: &str) -> PathBuf {
     Path::new("/run/katavm-containerd").join(namespace)
 }
 
-/// The order for a pod's first container.
+/// The order for a pod.
 pub struct Order {
-    /// As containerd said.
-    pub request: CreateTaskRequest,
-    /// Its streams.
-    pub io: Io,
+    /// What it begins with.
+    pub first: First,
     /// How it went.
     pub made: oneshot::Sender<Result<Arc<Pod>, String>>,
+    /// Becomes true when the pod is to end.
+    pub stop: watch::Receiver<bool>,
+}
+
+/// What a pod begins with.
+pub enum First {
+    /// A container.
+    Container {
+        /// As containerd said.
+        request: Box<CreateTaskRequest>,
+        /// Its streams.
+        io: Io,
+    },
+    /// Nothing but the sandbox.
+    Sandbox {
+        /// Its id.
+        id: String,
+        /// Its bundle.
+        bundle: PathBuf,
+        /// What it is to be.
+        config: Arc<SandboxConfig>,
+        /// Told of its end.
+        ended: watch::Sender<Option<Ended>>,
+    },
+}
+
+/// How a sandbox has ended.
+#[derive(Clone, Copy, Debug)]
+pub struct Ended {
+    /// 0: it was told to.
+    pub status: u32,
+    /// When, in nanoseconds since the epoch.
+    pub at_ns: u64,
 }
 
 /// Serves until the pod is shut down.
@@ -107,14 +140,15 @@ fn prepare(arguments: &Arguments) -> anyhow::Result<(StateRoot, Signals)> {
 }
 
 async fn run(arguments: &Arguments, root: &StateRoot, listener: UnixListener, signals: Signals) -> anyhow::Result<()> {
-    let events = Events::to(std::env::var("TTRPC_ADDRESS").ok(), &arguments.namespace);
+    let events = Events::to(std::env::var(TTRPC_ADDRESS).ok(), &arguments.namespace);
     let (orders, mut ordered) = mpsc::channel(1);
     let (end, mut ended) = watch::channel(false);
     let socket = Arc::new(OwnSocket::of(&listener).context("cannot find the socket")?);
     let containers = Containers::new(root.clone(), events.clone(), orders, end);
     let service = ShimService::new(containers, Arc::clone(&socket));
+    let sandboxes = create_sandbox(Arc::new(SandboxService::new(service.clone())));
     let listener = tokio::net::UnixListener::from_std(listener).context("cannot use the socket")?;
-    let server = serve_task(Arc::new(service), listener).await.context("cannot serve")?;
+    let server = serve_task(Arc::new(service), sandboxes, listener).await.context("cannot serve")?;
     let mut signals = Some(signals);
     loop {
         let order = tokio::select! {
@@ -122,23 +156,38 @@ async fn run(arguments: &Arguments, root: &StateRoot, listener: UnixListener, si
             _ = ended.wait_for(|end| *end) => break,
             order = ordered.recv() => order,
         };
-        let Some(Order { request, io, made }) = order else { break };
+        let Some(Order { first: wanted, made, stop }) = order else { break };
         let signals = match signals.take() {
             Some(signals) => signals,
             None => Signals::block()?,
         };
-        match first(root, &request, io, signals) {
+        let over = match &wanted {
+            First::Sandbox { ended, .. } => Some(ended.clone()),
+            First::Container { .. } => None,
+        };
+        let planned = match wanted {
+            First::Container { request, io } => first(root, &request, io, signals),
+            First::Sandbox { id, bundle, config, .. } => empty(root, &id, &bundle, &config, signals),
+        };
+        match planned {
             Ok((launch, outside)) => {
                 let stand_in = outside.stand_in.pid.as_raw_nonzero().get().unsigned_abs();
-                let served = Served { made, end: ended.clone() };
+                let served = Served { made, end: stop.clone() };
                 let outcome = supervise::attend(&launch, outside, Mode::Served(served), &mut Timings::start()).await;
-                if let Err(error) = outcome
-                    && !*ended.borrow()
+                let told = *stop.borrow();
+                if let Err(error) = &outcome
+                    && !told
                 {
                     log::error!("{error:#}");
                 }
                 // It ends with its link, when the last who holds it lets go.
-                tokio::task::spawn_blocking(move || host::reap(stand_in));
+                let reaped = tokio::task::spawn_blocking(move || host::reap(stand_in));
+                if let Some(over) = over {
+                    // A thread that panics has said so.
+                    let _ = reaped.await;
+                    let status = if told { 0 } else { 128 + libc::SIGKILL.unsigned_abs() };
+                    over.send_replace(Some(Ended { status, at_ns: host::now_ns() }));
+                }
             }
             // Whoever asked may have gone away.
             Err(error) => drop(made.send(Err(format!("{error:#}")))),
@@ -152,35 +201,32 @@ async fn run(arguments: &Arguments, root: &StateRoot, listener: UnixListener, si
     Ok(())
 }
 
+/// The same for a sandbox that is to be there before its first container.
+fn empty(
+    root: &StateRoot,
+    id: &str,
+    bundle: &Path,
+    config: &SandboxConfig,
+    signals: Signals,
+) -> anyhow::Result<(Launch, Outside)> {
+    let options = options(None, config.systemd_cgroup)?;
+    let launch = Launch::empty(id.parse()?, bundle, config.spec.clone(), options)?;
+    let outside = settle(root, &launch, None, signals)?;
+    Ok((launch, outside))
+}
+
 /// Everything of a pod's first container that is settled before there is a virtual machine, while this process has one
 /// thread.
 fn first(root: &StateRoot, request: &CreateTaskRequest, io: Io, signals: Signals) -> anyhow::Result<(Launch, Outside)> {
     let bundle = Path::new(&request.bundle);
-    let settings = Settings::load(options::config_path(request.options.as_ref()).as_deref())?;
-    if settings.debug() {
-        log::set_max_level(log::LevelFilter::Debug);
-    }
-    let options = launch::Options { systemd_cgroup: names_systemd_cgroup(bundle), settings, ..Default::default() };
+    let options = options(config_path(request.options.as_ref()).as_deref(), names_systemd_cgroup(bundle))?;
     let launch = Launch::plan(root, request.id.parse()?, bundle, options)?;
     if let Some(pod) = &launch.pod {
         bail!("container {} cannot join the sandbox of {}: containerd made them apart", launch.id, pod.peer.record.id);
     }
-    let state = root.claim(&launch.id)?;
-    let directory = state.path().to_owned();
-    let stand_in = launch.start_stand_in(None)?;
-    let mut record = launch.recorded(stand_in.pid);
-    record.sandbox_pid = std::process::id();
-    // Before anything is made that it names.
-    let journal = Journal::new(state, record);
-    if let Err(error) = settle(root, &launch, journal.record()) {
-        let pid = journal.record().pid;
-        // The stand-in ends with its link.
-        drop(stand_in);
-        host::reap(pid);
-        return Err(error);
-    }
     let io = Io { fallback_size: launch.console_size(), ..io };
-    Ok((launch, Outside { io, stand_in, signals, journal, directory }))
+    let outside = settle(root, &launch, Some(io), signals)?;
+    Ok((launch, outside))
 }
 
 /// Whether a bundle's `linux.cgroupsPath` is one of systemd's, `SLICE:PREFIX:NAME`: engines that have systemd make control
@@ -192,8 +238,36 @@ fn names_systemd_cgroup(bundle: &Path) -> bool {
     !path.starts_with('/') && path.split(':').count() == 3
 }
 
-fn settle(root: &StateRoot, launch: &Launch, record: &Record) -> anyhow::Result<()> {
-    hooks::run_before(record.hooks.as_ref(), &record.for_hooks(Status::Creating))?;
-    launch.enter_cgroup(record.pid)?;
-    Ok(probe::ensure(root)?)
+/// What holds for a pod by the configuration.
+fn options(configuration: Option<&Path>, systemd_cgroup: bool) -> anyhow::Result<launch::Options> {
+    let settings = Settings::load(configuration)?;
+    if settings.debug() {
+        log::set_max_level(log::LevelFilter::Debug);
+    }
+    Ok(launch::Options { systemd_cgroup, settings, ..Default::default() })
+}
+
+/// Makes everything on the host that is there before a virtual machine: nothing is left of it after a failure.
+fn settle(root: &StateRoot, launch: &Launch, io: Option<Io>, signals: Signals) -> anyhow::Result<Outside> {
+    let state = root.claim(&launch.id)?;
+    let directory = state.path().to_owned();
+    let stand_in = launch.start_stand_in(None)?;
+    let mut record = launch.recorded(stand_in.pid);
+    record.is_sandbox = io.is_none();
+    // Before anything is made that it names.
+    let journal = Journal::new(state, record);
+    let record = journal.record();
+    let entered = || -> anyhow::Result<()> {
+        hooks::run_before(record.hooks.as_ref(), &record.for_hooks(Status::Creating))?;
+        launch.enter_cgroup(record.pid)?;
+        Ok(probe::ensure(root)?)
+    };
+    if let Err(error) = entered() {
+        let pid = record.pid;
+        // The stand-in ends with its link.
+        drop(stand_in);
+        host::reap(pid);
+        return Err(error);
+    }
+    Ok(Outside { io, stand_in, signals, journal, directory })
 }

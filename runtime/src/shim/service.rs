@@ -43,6 +43,18 @@ impl ShimService {
         Self { containers, socket }
     }
 
+    /// The containers.
+    #[must_use]
+    pub fn containers(&self) -> &Containers {
+        &self.containers
+    }
+
+    /// Ends the server.
+    pub fn end(&self) {
+        // Before the end, which may take a while: a new server may be made for the same pod meanwhile.
+        self.containers.end(|| self.socket.remove());
+    }
+
     /// The pod, which is there once its first container was made.
     fn served(&self, id: &str) -> ttrpc::Result<Served> {
         self.containers.served().ok_or_else(|| refusal(PodError::NoContainer(id.into())))

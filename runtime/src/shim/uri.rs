@@ -4,10 +4,13 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt as _;
 use std::path::PathBuf;
 
+/// The scheme of a name that is nothing but a path.
+pub const FIFO: &str = "fifo";
+
 /// A name's parts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Uri {
-    /// `fifo` where the name is nothing but a path.
+    /// [`FIFO`] where the name is nothing but a path.
     pub scheme: String,
     /// The path.
     pub path: PathBuf,
@@ -20,7 +23,7 @@ impl Uri {
     #[must_use]
     pub fn of(name: &str) -> Self {
         let Some((scheme, rest)) = name.split_once("://") else {
-            return Self { scheme: "fifo".into(), path: name.into(), query: Vec::new() };
+            return Self { scheme: FIFO.into(), path: name.into(), query: Vec::new() };
         };
         let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
         let pairs = query.split('&').filter(|pair| !pair.is_empty());

@@ -72,6 +72,9 @@ pub struct Record {
     /// Programs of the engine, for `start` and `delete`.
     #[serde(default)]
     pub hooks: Option<Hooks>,
+    /// There is no container: it is a sandbox that is there before its first one.
+    #[serde(default)]
+    pub is_sandbox: bool,
     /// It stays until it is deleted: made by `create` or `run --detach`.
     pub kept: bool,
 }
@@ -93,6 +96,7 @@ impl Record {
             sandbox_pid: std::process::id(),
             cgroup: None,
             hooks: None,
+            is_sandbox: false,
             kept: false,
         }
     }

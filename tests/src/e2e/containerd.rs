@@ -1,4 +1,4 @@
-//! containerd with our shim, by its own client.
+//! containerd with our shim, by its own client: each case with each version that the lab has.
 
 use std::path::Path;
 
@@ -6,42 +6,83 @@ use anyhow::Result;
 
 use super::leftovers::Traces;
 use super::shell::{expect, script};
-use super::{Context, Table, Verdict};
+use super::{Context, Row, Table, Verdict};
 
-/// The table.
-pub const CASES: Table = (
-    "containerd",
-    &[
-        ("runs_and_looks_after_a_container", container),
-        ("tells_each_event_once_and_in_order", events),
-        ("a_pod_is_one_sandbox", pod),
-        ("a_killed_shim_is_noticed_and_nothing_stays", killed_shim),
-        ("containerd_may_be_killed_and_start_again", killed_containerd),
-    ],
-);
+/// With Debian 12's.
+pub const BEFORE: Table = ("containerd-1.6", &rows::<0>());
+/// With Debian 13's.
+pub const OWN: Table = ("containerd-1.7", &rows::<1>());
+/// With Debian 14's.
+pub const AFTER: Table = ("containerd-2", &rows::<2>());
 
-/// containerd for one case, with an image of the case's root file system. In a script, `run` runs containers of it by
-/// our shim, `status` is that of a task, and `server` starts containerd once more.
-pub(super) fn containerd(context: &Context, text: &str) -> Result<String> {
+/// A version of containerd in the lab.
+struct Version {
+    /// How its number begins.
+    number: &'static str,
+    /// The version of the Task API that it agrees on with the shim, as it writes that down; up to 1.6 there was no choice.
+    task_api: &'static str,
+    /// What it has besides overlayfs, which all cases use.
+    snapshotters: &'static [&'static str],
+    /// Whether its client shows what `-info` says.
+    shows_info: bool,
+}
+
+const VERSIONS: [Version; 3] = [
+    Version { number: "1.6", task_api: "none", snapshotters: &["native"], shows_info: false },
+    Version { number: "1.7", task_api: "2", snapshotters: &["native", "blockfile"], shows_info: false },
+    Version { number: "2", task_api: "3", snapshotters: &["native", "blockfile", "erofs"], shows_info: true },
+];
+
+const fn rows<const V: usize>() -> [Row; 7] {
+    [
+        ("runs_and_looks_after_a_container", container::<V>),
+        ("takes_the_root_file_system_of_each_snapshotter", snapshotters::<V>),
+        ("tells_each_event_once_and_in_order", events::<V>),
+        ("a_pod_is_one_sandbox", pod::<V>),
+        ("agrees_on_the_task_api_and_learns_what_the_runtime_can_do", agreement::<V>),
+        ("a_killed_shim_is_noticed_and_nothing_stays", killed_shim::<V>),
+        ("containerd_may_be_killed_and_start_again", killed_containerd::<V>),
+    ]
+}
+
+/// containerd of version `V` for one case, with an image of the case's root file system. In a script, `run` runs containers
+/// of it by our shim, `status` is that of a task, and `server` starts containerd once more.
+pub(super) fn containerd<const V: usize>(context: &Context, text: &str) -> Result<String> {
     super::agent::whole_rootfs(context)?;
-    let prelude = "tar -C rootfs -c . | podman import -q - localhost/bb:latest >import 2>&1
+    let number = VERSIONS[V].number;
+    let prelude = format!(
+        r#"for folder in /opt/containerd-{number}*; do PATH=$folder:$PATH; done
+        containerd --version | grep -q ' v\?{number}\.'
+        truncate -s 64M empty; mkfs.ext4 -q -m 0 empty
+        cat >containerd.toml <<END
+version = 2
+root = "/var/lib/containerd/{number}"
+[plugins."io.containerd.snapshotter.v1.blockfile"]
+  root_path = "/var/lib/containerd/{number}/blockfile"
+  scratch_file = "$PWD/empty"
+  fs_type = "ext4"
+  mount_options = []
+END
+        tar -C rootfs -c . | podman import -q - localhost/bb:latest >import 2>&1
         podman save -q --format oci-archive -o bb.tar localhost/bb:latest; podman rmi -f localhost/bb:latest >p 2>&1
-        server() { containerd >>containerd.log 2>&1 & server=$!; until ctr version >p 2>&1; do kill -0 $server; sleep 0.2; done; }
-        status() { ctr task ls | awk -v id=$1 '$1 == id { print $3 }'; }
-        run() { ctr run --runtime io.containerd.katavm.v2 \"$@\"; }
-        gone() { until [ -z \"$(pgrep -x 'katavm-(sandbox|standin|watcher)')\" ]; do sleep 0.1; done; find /run/containerd/s /run/katavm-containerd/default -mindepth 1 ! -name '.*'; }
-        end() { for id in $(ctr task ls -q); do ctr task rm -f $id; done >p 2>&1; ctr containers rm $(ctr containers ls -q) >p 2>&1 || true; kill $server; wait $server || true; }
+        server() {{ containerd --config containerd.toml >>containerd.log 2>&1 & server=$!; until ctr version >p 2>&1; do kill -0 $server; sleep 0.2; done; }}
+        status() {{ ctr task ls | awk -v id=$1 '$1 == id {{ print $3 }}'; }}
+        run() {{ ctr run --runtime io.containerd.katavm.v2 "$@"; }}
+        gone() {{ until [ -z "$(pgrep -x 'katavm-(sandbox|standin|watcher)')" ]; do sleep 0.1; done; find /run/containerd/s /run/katavm-containerd/default -mindepth 1 ! -name '.*'; }}
+        end() {{ for id in $(ctr task ls -q); do ctr task rm -f $id; done >p 2>&1; ctr containers rm $(ctr containers ls -q) >p 2>&1 || true; kill $server; wait $server || true; tail -n 200 containerd.log >&2; }}
         trap end EXIT
-        server; ctr image import --index-name localhost/bb:latest bb.tar >p 2>&1; image=localhost/bb:latest\n";
+        server; ctr image import bb.tar >p 2>&1; image=localhost/bb:latest
+        "#
+    );
     script(context, &format!("{prelude}{text}"))
 }
 
-fn container(context: &Context) -> Result<Verdict> {
+fn container<const V: usize>(context: &Context) -> Result<Verdict> {
     let traces = Traces::of(Path::new("/nonexistent"));
-    let output = containerd(
+    let output = containerd::<V>(
         context,
         "run --rm $image c1 uname -r
-         run --rm --snapshotter native $image c1 sh -c 'echo written >/etc/new; cat /etc/new; echo err >&2; exit 7' 2>err || echo code $?; cat err
+         run --rm $image c1 sh -c 'echo written >/etc/new; cat /etc/new; echo err >&2; exit 7' 2>err || echo code $?; cat err
          seq 200000 | run --rm $image c1 sha256sum | cut -c 1-8; seq 200000 | sha256sum | cut -c 1-8
          run --rm $image c1 nosuch 2>&1 | grep -o 'exec: \"nosuch\".*PATH'
          run -d $image c2 sh -c 'trap \"exit 3\" TERM; while :; do sleep 1; done' </dev/null; status c2
@@ -82,19 +123,40 @@ fn container(context: &Context) -> Result<Verdict> {
     Ok(Verdict::Passed)
 }
 
-fn events(context: &Context) -> Result<Verdict> {
-    let output = containerd(
+fn snapshotters<const V: usize>(context: &Context) -> Result<Verdict> {
+    let names = VERSIONS[V].snapshotters;
+    let text = format!(
+        "for snapshotter in {}; do
+             run --rm --snapshotter $snapshotter $image c1 sh -c \"echo $snapshotter >/etc/new; cat /etc/new; ls /bin | wc -l\"
+         done; ls rootfs/bin | wc -l; gone; while losetup -a | grep -q blockfile; do sleep 0.1; done",
+        names.join(" ")
+    );
+    let output = containerd::<V>(context, &text)?;
+    let count = output.lines().last().unwrap_or_default();
+    let mut expected: Vec<_> = names.iter().flat_map(|name| [name, count]).collect();
+    expected.push(count);
+    expect(&output, &expected)?;
+    Ok(Verdict::Passed)
+}
+
+/// The events of the same life of a container by runc's shim and by ours, as `ctr events` records them.
+fn events<const V: usize>(context: &Context) -> Result<Verdict> {
+    let output = containerd::<V>(
         context,
-        "ctr events >events 2>&1 & listener=$!
-         until [ -s events ]; do ctr namespace label default probe=$RANDOM; sleep 0.2; done
-         run -d --memory-limit 67108864 $image c1 sleep 1000 </dev/null
-         ctr task exec --exec-id e1 c1 true </dev/null
-         ctr task exec --exec-id e2 c1 sh -c 'head -c 100000000 /dev/zero | tail -c 90000000 >/dev/null' </dev/null >p 2>&1 || echo code $?
-         ctr task pause c1; ctr task resume c1
-         ctr task kill -s KILL c1; until [ $(status c1) = STOPPED ]; do sleep 0.1; done
-         ctr task rm c1 >p 2>&1; ctr container rm c1; gone
-         until grep -q /containers/delete events; do sleep 0.1; done; kill $listener
-         awk '$6 ~ /tasks/ { print $6 }' events",
+        "life() {
+             rm -f events; ctr events >events 2>&1 & listener=$!
+             until [ -s events ]; do ctr namespace label default probe=$RANDOM; sleep 0.2; done
+             ctr run --runtime $1 -d --memory-limit 67108864 $image c1 sleep 1000 </dev/null
+             ctr task exec --exec-id e1 c1 true </dev/null
+             ctr task exec --exec-id e2 c1 sh -c 'head -c 100000000 /dev/zero | tail -c 90000000 >/dev/null' </dev/null >p 2>&1 || echo code $?
+             ctr task pause c1; ctr task resume c1
+             ctr task kill -s KILL c1; until [ $(status c1) = STOPPED ]; do sleep 0.1; done
+             ctr task rm c1 >p 2>&1; ctr container rm c1
+             until grep -q /containers/delete events; do sleep 0.1; done; kill $listener
+             awk '$6 ~ /tasks/ { print $6 }' events
+         }
+         life io.containerd.runc.v2 >runc; life io.containerd.katavm.v2; gone
+         diff <(grep -v -x -e 'code.*' -e /tasks/oom runc) <(awk '$6 ~ /tasks/ && $6 !~ /oom/ { print $6 }' events) && echo as runc",
     )?;
     let expected = [
         "code 137",
@@ -111,13 +173,33 @@ fn events(context: &Context) -> Result<Verdict> {
         "/tasks/resumed",
         "/tasks/exit",
         "/tasks/delete",
+        "as runc",
     ];
     expect(&output, &expected)?;
     Ok(Verdict::Passed)
 }
 
-fn pod(context: &Context) -> Result<Verdict> {
-    let output = containerd(
+fn agreement<const V: usize>(context: &Context) -> Result<Verdict> {
+    let Version { task_api, shows_info, .. } = VERSIONS[V];
+    let inspect = "ctr plugins inspect-runtime --runtime io.containerd.katavm.v2 | jq -r .Name,.Features.ociVersionMax";
+    let text = format!(
+        "for id in c1 c2; do
+             run -d --annotation io.kubernetes.cri.sandbox-id=c1 $image $id sleep 1000 </dev/null
+             bundle=/run/containerd/io.containerd.runtime.v2.task/default/$id
+             if [ -e $bundle/bootstrap.json ]; then jq -r .version $bundle/bootstrap.json; else echo none; fi
+         done
+         {}
+         for id in c2 c1; do ctr task rm -f $id >p 2>&1; ctr container rm $id; done; gone",
+        if shows_info { inspect } else { "" }
+    );
+    let output = containerd::<V>(context, &text)?;
+    let info: &[_] = if shows_info { &["io.containerd.katavm.v2", "1.2.0"] } else { &[] };
+    expect(&output, &[&[task_api, task_api], info].concat())?;
+    Ok(Verdict::Passed)
+}
+
+fn pod<const V: usize>(context: &Context) -> Result<Verdict> {
+    let output = containerd::<V>(
         context,
         "pod='--annotation io.kubernetes.cri.sandbox-id=c1'
          run -d $pod $image c1 sleep 1000 </dev/null
@@ -131,9 +213,9 @@ fn pod(context: &Context) -> Result<Verdict> {
     Ok(Verdict::Passed)
 }
 
-fn killed_shim(context: &Context) -> Result<Verdict> {
+fn killed_shim<const V: usize>(context: &Context) -> Result<Verdict> {
     let traces = Traces::of(Path::new("/nonexistent"));
-    let output = containerd(
+    let output = containerd::<V>(
         context,
         "ctr events >events 2>&1 & listener=$!; trap 'kill $listener; end' EXIT
          until [ -s events ]; do ctr namespace label default probe=$RANDOM; sleep 0.2; done
@@ -148,8 +230,8 @@ fn killed_shim(context: &Context) -> Result<Verdict> {
     Ok(Verdict::Passed)
 }
 
-fn killed_containerd(context: &Context) -> Result<Verdict> {
-    let output = containerd(
+fn killed_containerd<const V: usize>(context: &Context) -> Result<Verdict> {
+    let output = containerd::<V>(
         context,
         "run -d --log-uri file://$PWD/log $image c1 sh -c 'n=0; until [ -e /end ]; do n=$((n + 1)); echo line $n; sleep 0.1; done; echo last; exit 5' </dev/null
          until grep -q 'line 3' log; do sleep 0.1; done

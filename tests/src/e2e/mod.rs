@@ -6,6 +6,7 @@
 mod agent;
 mod beside;
 mod boot;
+mod bootstrap;
 mod containerd;
 mod context;
 mod crio;
@@ -25,6 +26,7 @@ mod rebuild;
 mod report;
 mod rootless;
 mod run;
+mod sandbox_api;
 mod shell;
 mod shim;
 mod snapshot;
@@ -101,8 +103,19 @@ pub fn cases(boot: Boot, long: bool) -> Vec<Case> {
 const FIRST: &[Table] = &[boot::CASES, agent::CASES, snapshot::CASES, network::CASES];
 const LAST: &[Table] =
     &[oci::CASES, limits::CASES, idmap::CASES, failing::CASES, hostile::CASES, survive::CASES, user::CASES];
-const ENGINES: &[Table] =
-    &[podman::CASES, rootless::CASES, docker::CASES, containerd::CASES, shim::CASES, crio::CASES, beside::CASES];
+const ENGINES: &[Table] = &[
+    podman::CASES,
+    rootless::CASES,
+    docker::CASES,
+    bootstrap::CASES,
+    sandbox_api::CASES,
+    containerd::BEFORE,
+    containerd::OWN,
+    containerd::AFTER,
+    shim::CASES,
+    crio::CASES,
+    beside::CASES,
+];
 
 fn rows((group, rows): &'static Table) -> impl Iterator<Item = Case> {
     rows.iter().map(move |(name, check)| Case { group, name, check: *check })

@@ -25,7 +25,7 @@ pub const CASES: Table = (
 /// A script with containerd, after which nothing of katavm is left.
 fn clean(context: &Context, text: &str, lines: &[&str]) -> Result<Verdict> {
     let traces = Traces::of(Path::new("/nonexistent"));
-    let output = containerd(context, text)?;
+    let output = containerd::<1>(context, text)?;
     expect(&output, lines)?;
     traces.expect_nothing_of_katavm()?;
     Ok(Verdict::Passed)

@@ -15,6 +15,9 @@ const BUILD: &str = include_str!("../../lab/build.sh");
 const FETCH_KERNEL: &str = r#"cd "$1/katavm-lab" && export APT_CONFIG="$MMDEBSTRAP_APT_CONFIG" &&
     apt-get download "$(apt-cache depends linux-image-amd64 | sed -n 's/.*Depends: \(linux-image-[^ ]*\).*/\1/p' | head -n 1)""#;
 
+/// Takes the containerd of the Debian releases before and after, with apt's state of its own beside the packages.
+const FETCH_CONTAINERDS: &str = include_str!("../../lab/fetch-containerds.sh");
+
 /// The built artefacts' folder.
 #[derive(Debug, Clone)]
 pub struct Artefacts(PathBuf);
@@ -29,7 +32,8 @@ impl Artefacts {
             .text("suite", SUITE)
             .text("packages", PACKAGES)
             .text("build", BUILD)
-            .text("kernel", FETCH_KERNEL);
+            .text("kernel", FETCH_KERNEL)
+            .text("containerds", FETCH_CONTAINERDS);
         cache::artefact("lab", inputs, build).map(Self)
     }
 
@@ -79,6 +83,7 @@ fn build(folder: &Path) -> Result<()> {
         .arg("--customize-hook=mkdir \"$1/katavm-lab\"")
         .arg(format!("--customize-hook=upload '{}' /katavm-lab/build.sh", script.display()))
         .arg(format!("--customize-hook={FETCH_KERNEL}"))
+        .arg(format!("--customize-hook={FETCH_CONTAINERDS}"))
         .arg("--customize-hook=chroot \"$1\" sh /katavm-lab/build.sh")
         .arg(format!("--customize-hook=sync-out /katavm-lab '{}'", folder.display()))
         .args([SUITE, "/dev/null"]);
