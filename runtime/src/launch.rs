@@ -134,7 +134,8 @@ impl Launch {
             log::warn!("{field}");
         }
         let pod = Membership::find(root, &bundle.spec)?;
-        let shared = membership::shared_namespaces(root, &id, &bundle.spec)?;
+        let sandbox = pod.as_ref().map(|pod| pod.peer.record.sandbox_pid);
+        let shared = membership::shared_namespaces(root, &id, &bundle.spec, sandbox)?;
         let (size, image) = options.settle(&bundle.spec)?;
         let plan = Plan::new(&id, &bundle, size, &shared)?;
         let path = bundle.spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_deref());

@@ -61,7 +61,7 @@ impl Membership {
             }
             Some("sandbox") => None,
             _ => match namespace(spec, LinuxNamespaceType::Network) {
-                Some(path) => owner(root, path, "net", None)?,
+                Some(path) => owner(root, path, "net", |_| true)?,
                 None => None,
             },
         };
@@ -69,12 +69,17 @@ impl Membership {
     }
 }
 
-/// The containers whose namespaces the configuration of container `id` asks for. Other namespaces of the host mean
-/// nothing in a guest, and are warned of.
+/// The containers whose namespaces the configuration of container `id` asks for, in the sandbox that it joins: that of the
+/// process `sandbox`, if there is one. Other namespaces of the host mean nothing in a guest, and are warned of.
 ///
 /// # Errors
 /// Any [`MembershipError`].
-pub fn shared_namespaces(root: &StateRoot, id: &Id, spec: &Spec) -> Result<SharedNamespaces, MembershipError> {
+pub fn shared_namespaces(
+    root: &StateRoot,
+    id: &Id,
+    spec: &Spec,
+    sandbox: Option<u32>,
+) -> Result<SharedNamespaces, MembershipError> {
     warn_of_others(spec);
     let mut shared = SharedNamespaces::new();
     // CRI-O pins a pod's namespaces before there is a container in them; the first one's in the guest stand for them.
@@ -82,7 +87,8 @@ pub fn shared_namespaces(root: &StateRoot, id: &Id, spec: &Spec) -> Result<Share
     let files = [(LinuxNamespaceType::Ipc, "ipc"), (LinuxNamespaceType::Uts, "uts"), (LinuxNamespaceType::Pid, "pid")];
     for (kind, file) in files {
         let Some(path) = namespace(spec, kind) else { continue };
-        match owner(root, path, file, Some(id))? {
+        let is_peer = |found: &Found| found.record.id != *id && Some(found.record.sandbox_pid) == sandbox;
+        match owner(root, path, file, is_peer)? {
             // Its processes are the guest's own: the pod's containers are not to see them.
             Some(found) if found.record.is_sandbox && kind == LinuxNamespaceType::Pid => {
                 log::warn!(
@@ -93,7 +99,7 @@ pub fn shared_namespaces(root: &StateRoot, id: &Id, spec: &Spec) -> Result<Share
             Some(found) => drop(shared.insert(kind, Owner::Container(found.record.id))),
             None if is_first => {}
             None => log::warn!(
-                "config.json: linux.namespaces: the {kind} namespace {} is no other container's: a container in a \
+                "config.json: linux.namespaces: the {kind} namespace {} is none of this sandbox: a container in a \
                  virtual machine cannot join one of the host, and gets one of its own",
                 path.display()
             ),
@@ -126,14 +132,22 @@ fn namespace(spec: &Spec, kind: LinuxNamespaceType) -> Option<&Path> {
     namespaces.iter().find(|namespace| namespace.typ() == kind).and_then(|namespace| namespace.path().as_deref())
 }
 
-/// The container, other than `except`, whose stand-in is in a namespace.
-fn owner(root: &StateRoot, path: &Path, file: &str, except: Option<&Id>) -> Result<Option<Found>, MembershipError> {
-    let wanted = key_of(path).map_err(|error| MembershipError::Namespace { path: path.into(), error })?;
+/// The container among those `wanted` whose stand-in is in a namespace.
+fn owner(
+    root: &StateRoot,
+    path: &Path,
+    file: &str,
+    wanted: impl Fn(&Found) -> bool,
+) -> Result<Option<Found>, MembershipError> {
+    let key = key_of(path).map_err(|error| MembershipError::Namespace { path: path.into(), error })?;
     let is_in = |found: &Found| {
+        // Without a stand-in the pid is the sandbox process', whose namespaces are nobody's.
+        let has_stand_in = found.record.pid != found.record.sandbox_pid;
         // One that ends just now has none any more.
-        key_of(Path::new(&format!("/proc/{}/ns/{file}", found.record.pid))).is_ok_and(|key| key == wanted)
+        let own = key_of(Path::new(&format!("/proc/{}/ns/{file}", found.record.pid)));
+        has_stand_in && own.is_ok_and(|own| own == key)
     };
-    Ok(root.list()?.into_iter().find(|found| Some(&found.record.id) != except && lives(found) && is_in(found)))
+    Ok(root.list()?.into_iter().find(|found| wanted(found) && lives(found) && is_in(found)))
 }
 
 fn lives(found: &Found) -> bool {

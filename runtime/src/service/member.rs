@@ -23,7 +23,7 @@ pub fn member(
     link: Option<Link>,
 ) -> anyhow::Result<NewContainer> {
     record.sandbox_pid = std::process::id();
-    let shared = shared_namespaces(state.root(), &record.id, &bundle.spec)?;
+    let shared = shared_namespaces(state.root(), &record.id, &bundle.spec, Some(record.sandbox_pid))?;
     let plan = Plan::new(&record.id, bundle, SizeOptions::default(), &shared)?;
     share(directory, state.path())?;
     Ok(NewContainer {

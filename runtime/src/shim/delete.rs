@@ -74,23 +74,26 @@ fn noted_pid(bundle: &Path) -> Option<u32> {
 /// Has a server that lives end the container, and itself if that was the last one.
 fn ask(address: &Address, id: &str) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let asked = runtime.block_on(tokio::time::timeout(PATIENCE, async {
-        let stream = UnixStream::connect(address.path()).await.context("it does not live")?;
-        let server = TaskClient::new(Connection::new(Socket::new(stream)));
-        let deadline = Instant::now() + PATIENCE;
-        let soon = || -> Context { with_duration(deadline.saturating_duration_since(Instant::now())) };
-        let id = id.to_owned();
-        let signal = libc::SIGKILL.unsigned_abs();
-        // One that has ended, or was never made, needs none of these.
-        let kill = KillRequest { id: id.clone(), signal, all: true, ..Default::default() };
-        drop(server.kill(soon(), &kill).await);
-        drop(server.wait(soon(), &WaitRequest { id: id.clone(), ..Default::default() }).await);
-        drop(server.delete(soon(), &DeleteRequest { id: id.clone(), ..Default::default() }).await);
-        server.shutdown(soon(), &ShutdownRequest { id, ..Default::default() }).await.context("shut down")?;
-        anyhow::Ok(())
-    }));
+    // The timer wants the runtime around it.
+    let asked = runtime.block_on(async { tokio::time::timeout(PATIENCE, end_by_server(address, id)).await });
     runtime.shutdown_background();
     asked.context("it does not answer")?
+}
+
+async fn end_by_server(address: &Address, id: &str) -> anyhow::Result<()> {
+    let stream = UnixStream::connect(address.path()).await.context("it does not live")?;
+    let server = TaskClient::new(Connection::new(Socket::new(stream)));
+    let deadline = Instant::now() + PATIENCE;
+    let soon = || -> Context { with_duration(deadline.saturating_duration_since(Instant::now())) };
+    let id = id.to_owned();
+    let signal = libc::SIGKILL.unsigned_abs();
+    // One that has ended, or was never made, needs none of these.
+    let kill = KillRequest { id: id.clone(), signal, all: true, ..Default::default() };
+    drop(server.kill(soon(), &kill).await);
+    drop(server.wait(soon(), &WaitRequest { id: id.clone(), ..Default::default() }).await);
+    drop(server.delete(soon(), &DeleteRequest { id: id.clone(), ..Default::default() }).await);
+    server.shutdown(soon(), &ShutdownRequest { id, ..Default::default() }).await.context("shut down")?;
+    Ok(())
 }
 
 /// Sees to it that nothing of the container runs.

@@ -22,6 +22,9 @@ pub const CASES: Table = (
     ],
 );
 
+/// Those that take long.
+pub const LONG: Table = ("shim", &[("kills_at_a_hundred_random_moments_leave_nothing", kills)]);
+
 /// A script with containerd, after which nothing of katavm is left.
 fn clean(context: &Context, text: &str, lines: &[&str]) -> Result<Verdict> {
     let traces = Traces::of(Path::new("/nonexistent"));
@@ -32,7 +35,7 @@ fn clean(context: &Context, text: &str, lines: &[&str]) -> Result<Verdict> {
 }
 
 fn unread(context: &Context) -> Result<Verdict> {
-    let text = "run $image c1 yes >/dev/null 2>&1 & client=$!
+    let text = "ctr run --runtime io.containerd.katavm.v2 $image c1 yes >/dev/null 2>&1 & client=$!
          until [ \"$(status c1)\" = RUNNING ]; do sleep 0.2; done; kill -STOP $client; sleep 2
          SECONDS=0; ctr task kill -s KILL c1; until [ $(status c1) = STOPPED ]; do sleep 0.2; done
          [ $SECONDS -lt 60 ] && echo told
@@ -92,4 +95,34 @@ fn impatient(context: &Context) -> Result<Verdict> {
          done";
     let after = ["0.1", "0.5", "1", "1.5", "2", "3"].map(|delay| format!("clean after {delay}"));
     clean(context, text, &after.each_ref().map(String::as_str))
+}
+
+/// Kills of the server, of containerd and of the guest's kernel. What containerd says of a container is right within ten
+/// seconds, and it can be removed.
+fn kills(context: &Context) -> Result<Verdict> {
+    let traces = Traces::of(Path::new("/nonexistent"));
+    // In pieces: each is a script with a limit of its own.
+    for piece in 0..20 {
+        let text = format!(
+            "RANDOM={piece}
+             settled() {{ n=0; until $@; do n=$((n + 1)); [ $n -lt 100 ] || {{ echo $* is not so; ctr task ls; exit 1; }}; sleep 0.1; done; }}
+             ended() {{ case $(status c1) in ''|STOPPED) true;; *) false;; esac; }}
+             removed() {{ ctr task rm -f c1 >p 2>&1; [ -z \"$(status c1)\" ] && ctr container rm c1 >p 2>&1 || [ -z \"$(ctr container ls -q)\" ]; }}
+             for n in 1 2 3 4 5; do
+                 what=$((RANDOM % 3)); moment=0.$((RANDOM % 10))
+                 ctr run --runtime io.containerd.katavm.v2 --cap-add CAP_SYS_BOOT --privileged $image c1 sh -c 'while :; do date; sleep 0.1; done' </dev/null >out 2>&1 & client=$!
+                 sleep $((RANDOM % 4))$(echo $moment | cut -c 2-)
+                 case $what in
+                     0) pkill -KILL -x katavm-sandbox || true;;
+                     1) kill -KILL $server; wait $server || true; server;;
+                     2) [ \"$(status c1)\" = RUNNING ] && timeout 10 ctr task exec --exec-id e c1 sh -c 'echo c >/proc/sysrq-trigger' </dev/null >p 2>&1 || pkill -KILL -x katavm-sandbox || true;;
+                 esac
+                 if [ $what = 1 ]; then kill -KILL $client || true; wait $client || true; else wait $client || true; settled ended; fi
+                 settled removed; gone
+             done; echo all"
+        );
+        expect(&containerd::<1>(context, &text)?, &["all"])?;
+        traces.expect_nothing_of_katavm()?;
+    }
+    Ok(Verdict::Passed)
 }
