@@ -6,8 +6,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use katavm_protocol::agent::{
     CheckRequest, CheckResponse, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, CreateExecRequest,
-    CreateSandboxRequest, Empty, Event, ListProcessesResponse, ProcessRequest, ProcessResponse, ResizeTerminalRequest,
-    SignalRequest, StatsResponse, UpdateContainerRequest, WaitResponse,
+    CreateSandboxRequest, Empty, Event, ListProcessesResponse, ListenersResponse, ProcessRequest, ProcessResponse,
+    ResizeTerminalRequest, SignalRequest, StatsResponse, UpdateContainerRequest, WaitResponse,
 };
 use katavm_protocol::agent_ttrpc::Agent;
 use katavm_protocol::reset::RESET_ORDERLY;
@@ -19,6 +19,7 @@ use crate::cgroup::stats;
 use crate::container::{Containers, processes};
 use crate::error::Error;
 use crate::network;
+use crate::network::listeners::Changes;
 use crate::sandbox;
 use crate::server::kernel_release;
 
@@ -176,5 +177,14 @@ impl Agent for Service {
             sender.send(&event).await?;
         }
         Ok(())
+    }
+
+    async fn listeners(&self, _: &TtrpcContext, _: Empty, sender: ServerStreamSender<ListenersResponse>) -> Result<()> {
+        let failed = |error| Error::io("cannot watch the listening sockets", error);
+        let mut changes = Changes::new().map_err(failed)?;
+        loop {
+            let listeners = changes.next().await.map_err(failed)?;
+            sender.send(&ListenersResponse { listeners, ..Default::default() }).await?;
+        }
     }
 }

@@ -10,6 +10,8 @@ use std::path::Path;
 
 use katavm_protocol::ports::HOST_CID;
 use nix::errno::Errno;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 /// Where unix sockets are, when they stand in for vsock ports: `<port>.sock`.
 pub const UNIX_DIR: &str = "/run/katavm/ports";
@@ -99,9 +101,39 @@ impl Listener {
         }
     }
 
-    /// The socket, for a poller.
-    pub fn socket(&self) -> &OwnedFd {
-        &self.socket
+    /// The connections, to be awaited. Must be called on a tokio runtime.
+    ///
+    /// # Errors
+    /// Those of fcntl(2) and epoll_ctl(2).
+    pub fn incoming(self) -> io::Result<Incoming> {
+        // SAFETY: F_SETFL takes a number; of the flags a listening socket has none other that matters.
+        Errno::result(unsafe { libc::fcntl(self.socket.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) })?;
+        // SAFETY: an OwnedFd is the same open descriptor until it is dropped, and `AsyncFd` owns it from here on.
+        let socket = unsafe { AsyncFd::register_with_interest(self.socket.try_clone()?, Interest::READABLE) };
+        Ok(Incoming { listener: self, socket: socket? })
+    }
+}
+
+/// The connections of a listener.
+pub struct Incoming {
+    listener: Listener,
+    socket: AsyncFd<OwnedFd>,
+}
+
+impl Incoming {
+    /// The next one. None is lost when the future is dropped.
+    ///
+    /// # Errors
+    /// Those of [`Listener::accept`].
+    pub async fn accept(&self) -> io::Result<tokio::net::UnixStream> {
+        loop {
+            let mut guard = self.socket.readable().await?;
+            if let Ok(connection) = guard.try_io(|_| self.listener.accept()) {
+                let connection = connection?;
+                connection.set_nonblocking(true)?;
+                return tokio::net::UnixStream::from_std(connection);
+            }
+        }
     }
 }
 

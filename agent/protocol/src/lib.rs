@@ -18,4 +18,5 @@ pub const CONTAINER: &str = "container:";
 
 pub mod frame;
 pub mod ports;
+pub mod relay;
 pub mod reset;

@@ -98,6 +98,12 @@ impl GuestNetwork {
         self.ports.iter().any(|port| port.pair().is_some_and(|(index, _)| index == interface.index))
     }
 
+    /// The namespace.
+    #[must_use]
+    pub fn netns(&self) -> BorrowedFd<'_> {
+        self.netns.as_fd()
+    }
+
     /// Readable when an [`update`](Self::update) is due.
     #[must_use]
     pub fn news(&self) -> BorrowedFd<'_> {

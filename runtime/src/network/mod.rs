@@ -6,6 +6,7 @@
 //! [`GuestNetwork`] does all of that for one guest.
 
 mod guest;
+mod listen;
 mod model;
 mod netlink;
 mod plug;
@@ -15,6 +16,7 @@ mod slot;
 mod watch;
 
 pub use guest::GuestNetwork;
+pub use listen::{Listening, listen_in};
 pub use model::{Address, Hop, Interface, Neighbour, Route, Rule, Scan};
 pub use plug::{Plugged, plug};
 pub use slot::{device, random_mac, slot};

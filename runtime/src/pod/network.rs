@@ -1,5 +1,6 @@
 //! A pod's network, kept in step with the network namespace that it has on the host.
 
+use std::convert::Infallible;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,8 +12,10 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::PodError;
+use super::forward::{self, ForwardError};
 use crate::network::{GuestNetwork, NetworkError};
 use crate::sandbox::agent::Agent;
+use crate::sandbox::vm::Dial;
 
 /// How long news are gathered: a network plugin makes an interface, its addresses and its routes one after the other.
 const GATHERED: Duration = Duration::from_millis(50);
@@ -25,6 +28,7 @@ pub struct Network {
     /// What the agent knows; held throughout an update, so that they follow each other.
     told: tokio::sync::Mutex<ConfigureNetworkRequest>,
     news: OwnedFd,
+    netns: OwnedFd,
 }
 
 impl Network {
@@ -34,7 +38,8 @@ impl Network {
     /// When no descriptors are left.
     pub fn new(machine: Arc<Microvm>, guest: GuestNetwork) -> Result<Self, NetworkError> {
         let news = guest.news().try_clone_to_owned().map_err(NetworkError::Socket)?;
-        Ok(Self { machine, guest: Arc::new(Mutex::new(Some(guest))), told: Default::default(), news })
+        let netns = guest.netns().try_clone_to_owned().map_err(NetworkError::Socket)?;
+        Ok(Self { machine, guest: Arc::new(Mutex::new(Some(guest))), told: Default::default(), news, netns })
     }
 
     /// Plugs what has come to the namespace and unplugs what has gone, and tells the agent what has changed.
@@ -64,8 +69,23 @@ impl Network {
                 }
             }
         };
-        let Err::<std::convert::Infallible, io::Error>(error) = heard.await;
+        let Err::<Infallible, io::Error>(error) = heard.await;
         error
+    }
+
+    /// Forwards connections that are made in the namespace to the guest, for as long as this is awaited.
+    pub(super) async fn forward(&self, agent: &Agent, dial: Arc<dyn Dial>) -> Infallible {
+        match self.netns.try_clone() {
+            Ok(netns) => match forward::serve(netns, agent, dial).await {
+                // The end of the guest is others' to tell.
+                error @ ForwardError::Ended => log::debug!("{error}"),
+                error => log::warn!("what connects to the guest from inside its network namespace is refused: {error}"),
+            },
+            Err(error) => {
+                log::warn!("what connects to the guest from inside its network namespace is refused: {error}")
+            }
+        }
+        std::future::pending().await
     }
 
     /// Makes the namespace what it was; the guest has ended.
