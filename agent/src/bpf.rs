@@ -30,6 +30,8 @@ pub const MOVE_REGISTER: u8 = 0xbf;
 pub const JUMP_EQUAL: u8 = 0x15;
 /// If it is not.
 pub const JUMP_NOT_EQUAL: u8 = 0x55;
+/// If the lower 32 bits of it are not.
+pub const JUMP_NOT_EQUAL_WORD: u8 = 0x56;
 /// If destination is not source.
 pub const JUMP_NOT_EQUAL_REGISTER: u8 = 0x5d;
 /// Always.
@@ -53,6 +55,20 @@ pub const SOCK_OPS: Kind = Kind { program: 13, attach: 0 };
 pub const AT_DEVICE: u32 = 6;
 /// BPF_CGROUP_SOCK_OPS.
 pub const AT_SOCK_OPS: u32 = 3;
+
+/// BPF_CGROUP_INET4_CONNECT.
+pub const AT_CONNECT4: u32 = 10;
+/// BPF_CGROUP_UDP4_SENDMSG.
+pub const AT_SENDMSG4: u32 = 14;
+/// BPF_CGROUP_UDP4_RECVMSG.
+pub const AT_RECVMSG4: u32 = 19;
+/// BPF_CGROUP_INET4_GETPEERNAME.
+pub const AT_GETPEERNAME4: u32 = 29;
+
+/// BPF_PROG_TYPE_CGROUP_SOCK_ADDR, for one of the places.
+pub const fn sock_addr(at: u32) -> Kind {
+    Kind { program: 18, attach: at }
+}
 
 /// What a program is for.
 #[derive(Clone, Copy, Debug)]

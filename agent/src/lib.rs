@@ -12,6 +12,7 @@ pub mod events;
 pub mod forward;
 pub mod helper;
 pub mod log;
+pub mod names;
 pub mod network;
 pub mod reaper;
 pub mod sandbox;

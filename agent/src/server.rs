@@ -11,11 +11,13 @@ use nix::time::{ClockId, clock_gettime};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::boot::{self, Cmdline};
+use crate::cgroup;
 use crate::container::Containers;
 use crate::end::{end_vm, install_panic_hook, print_on_console};
 use crate::error::Error;
 use crate::events::Events;
 use crate::forward;
+use crate::names::Names;
 use crate::reaper::{Reaper, ignore_sigpipe};
 use crate::service::Service;
 use crate::streams;
@@ -42,6 +44,7 @@ fn serve(cmdline: &Cmdline, main_ns: u64) -> Result<std::convert::Infallible, Er
     let rpc = listen(transport, ports::RPC)?;
     let stream = listen(transport, ports::STREAM)?;
     let forwarded = listen(transport, ports::FORWARD)?;
+    let names = listen(transport, ports::NAMES)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime =
         runtime.map_err(|error| Error::io("cannot start the runtime (CONFIG_EPOLL, CONFIG_EVENTFD)", error))?;
@@ -53,10 +56,11 @@ fn serve(cmdline: &Cmdline, main_ns: u64) -> Result<std::convert::Infallible, Er
         let failed = |what: &'static str| move |error: io::Error| Error::io(what, error);
         let mut children = signal(SignalKind::child()).map_err(failed("cannot wait for SIGCHLD"))?;
         tokio::spawn(forward::serve(forwarded.incoming().map_err(failed("cannot serve the forward port"))?));
+        let names = Names::new(names.incoming().map_err(failed("cannot serve the names port"))?, cgroup::ROOT.into());
         let listener = accepting(rpc).map_err(failed("cannot serve the rpc port"))?;
         let mut server = ttrpc::r#async::Server::new()
             .add_listener(listener)
-            .register_service(create_agent(Arc::new(Service::new(containers))));
+            .register_service(create_agent(Arc::new(Service::new(containers, names))));
         server.start().await.map_err(|error| Error::Internal(format!("cannot serve the rpc port: {error}")))?;
         say_ready(transport, main_ns);
         loop {

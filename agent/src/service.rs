@@ -1,5 +1,6 @@
 //! The ttrpc service: each request to the part that does it.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,9 +16,10 @@ use nix::mount::{MntFlags, umount2};
 use ttrpc::Result;
 use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
-use crate::cgroup::stats;
+use crate::cgroup::{self, stats};
 use crate::container::{Containers, processes};
 use crate::error::Error;
+use crate::names::Names;
 use crate::network;
 use crate::network::listeners::Changes;
 use crate::sandbox;
@@ -29,12 +31,13 @@ const GRACE: Duration = Duration::from_secs(2);
 /// The service.
 pub struct Service {
     containers: Arc<Containers>,
+    names: Names,
 }
 
 impl Service {
-    /// Over the guest's containers.
-    pub fn new(containers: Arc<Containers>) -> Self {
-        Self { containers }
+    /// Over the guest's containers, with the name servers that the host has for it.
+    pub fn new(containers: Arc<Containers>, names: Names) -> Self {
+        Self { containers, names }
     }
 
     async fn freeze(&self, container_id: &str, frozen: bool) -> Result<Empty> {
@@ -66,9 +69,11 @@ impl Agent for Service {
         Ok(Empty::new())
     }
 
-    async fn configure_network(&self, _: &TtrpcContext, request: ConfigureNetworkRequest) -> Result<Empty> {
+    async fn configure_network(&self, _: &TtrpcContext, mut request: ConfigureNetworkRequest) -> Result<Empty> {
+        let name_servers = std::mem::take(&mut request.name_servers);
         let done = tokio::task::spawn_blocking(move || network::configure(&request)).await;
         done.map_err(|error| Error::Internal(error.to_string()))??;
+        self.names.set(&name_servers).await?;
         Ok(Empty::new())
     }
 
@@ -181,9 +186,15 @@ impl Agent for Service {
 
     async fn listeners(&self, _: &TtrpcContext, _: Empty, sender: ServerStreamSender<ListenersResponse>) -> Result<()> {
         let failed = |error| Error::io("cannot watch the listening sockets", error);
-        let mut changes = Changes::new().map_err(failed)?;
+        let mut changes = Changes::new(Path::new(cgroup::ROOT)).map_err(failed)?;
         loop {
-            let listeners = changes.next().await.map_err(failed)?;
+            let mut listeners = changes.next().await.map_err(failed)?;
+            let mut own = Vec::with_capacity(listeners.len());
+            for listener in &listeners {
+                own.push(self.names.has(&listener.ip).await);
+            }
+            let mut own = own.into_iter();
+            listeners.retain(|_| !own.next().unwrap_or_default());
             sender.send(&ListenersResponse { listeners, ..Default::default() }).await?;
         }
     }

@@ -32,6 +32,12 @@ pub struct Listener {
     transport: Transport,
 }
 
+impl From<UnixListener> for Listener {
+    fn from(listener: UnixListener) -> Self {
+        Self { socket: listener.into(), transport: Transport::Unix }
+    }
+}
+
 impl Transport {
     /// Listens on a port of the guest.
     ///

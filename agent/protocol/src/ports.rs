@@ -8,5 +8,7 @@ pub const RPC: u32 = 1024;
 pub const STREAM: u32 = 1025;
 /// In the guest: one connection for each that is forwarded to a listening socket of the guest.
 pub const FORWARD: u32 = 1026;
+/// In the guest: the one connection for queries to name servers of the host.
+pub const NAMES: u32 = 1027;
 /// The host's context identifier (virtio 1.3, 5.10.4).
 pub const HOST_CID: u32 = 2;

@@ -2,8 +2,8 @@
 
 use std::fs::File;
 use std::io;
-use std::num::NonZero;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -11,7 +11,6 @@ use std::time::Duration;
 use katavm_protocol::agent::Listener;
 use netlink_sys::Socket;
 use netlink_sys::protocols::NETLINK_SOCK_DIAG;
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::time::timeout;
@@ -27,8 +26,6 @@ pub const MOST: usize = 1024;
 const GATHERED: Duration = Duration::from_millis(5);
 /// How long the kernel may take to do what it has told of.
 const SETTLED: Duration = Duration::from_millis(250);
-/// The group that all processes of the guest are in.
-const CGROUP: &str = "/sys/fs/cgroup";
 
 // From <linux/sock_diag.h>, <linux/inet_diag.h>, <linux/netlink.h> and <net/tcp_states.h>.
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
@@ -123,12 +120,13 @@ pub struct Changes {
 }
 
 impl Changes {
-    /// Of the guest's network from now on. Must be called on a tokio runtime.
+    /// From now on, of the network that this process is in and the processes of a control group. Must be called on a
+    /// tokio runtime.
     ///
     /// # Errors
     /// Those of [`Watch::new`].
-    pub fn new() -> io::Result<Self> {
-        Ok(Self { watch: Watch::new()?, told: None, settling: false })
+    pub fn new(cgroup: &Path) -> io::Result<Self> {
+        Ok(Self { watch: Watch::new(cgroup)?, told: None, settling: false })
     }
 
     /// At first all that there are, then all that there are when that has changed.
@@ -162,8 +160,8 @@ impl Changes {
     }
 }
 
-/// Tells that a socket has begun to listen, or that one is about to listen no more: a BPF program of all processes'
-/// control group, which the kernel runs then. Nothing is asked while nothing happens.
+/// Tells that a socket has begun to listen, or that one is about to listen no more: a BPF program of the control group
+/// of its process, which the kernel runs then. Nothing is asked while nothing happens.
 pub struct Watch {
     ring: AsyncFd<OwnedFd>,
     positions: Positions,
@@ -176,12 +174,12 @@ impl Watch {
     ///
     /// # Errors
     /// That the kernel lacks what it takes.
-    pub fn new() -> io::Result<Self> {
+    pub fn new(cgroup: &Path) -> io::Result<Self> {
         let page = page_size()?;
         let ring = bpf::ring(u32::try_from(page).map_err(io::Error::other)?)?;
         let positions = Positions::of(&ring, page)?;
         let program = bpf::load(bpf::SOCK_OPS, &compile(&ring))?;
-        let link = bpf::link(&program, &File::open(CGROUP)?, bpf::AT_SOCK_OPS)?;
+        let link = bpf::link(&program, &File::open(cgroup)?, bpf::AT_SOCK_OPS)?;
         // SAFETY: an OwnedFd is the same open descriptor until it is dropped, and `AsyncFd` owns it from here on.
         let ring = unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE) }.map_err(io::Error::from)?;
         Ok(Self { ring, positions, _link: link })
@@ -204,7 +202,7 @@ impl Watch {
 /// What the program and this exchange: how far the ring has been written, and how far it has been read. What is in
 /// it says nothing more.
 struct Positions {
-    page: NonZero<usize>,
+    page: usize,
     written: NonNull<AtomicU64>,
     read: NonNull<AtomicU64>,
 }
@@ -216,19 +214,13 @@ unsafe impl Sync for Positions {}
 
 impl Positions {
     fn of(ring: &OwnedFd, page: usize) -> io::Result<Self> {
-        let page = NonZero::new(page).ok_or(io::ErrorKind::InvalidInput)?;
-        let (ours, theirs) = (ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, ProtFlags::PROT_READ);
         // The reader's page, and the first of the writer's (Documentation/bpf/ringbuf.rst).
-        // SAFETY: new mappings, which replace none.
-        let read = unsafe { mmap(None, page, ours, MapFlags::MAP_SHARED, ring, 0) }?.cast();
-        let offset = i64::try_from(page.get()).map_err(io::Error::other)?;
-        // SAFETY: as above.
-        match unsafe { mmap(None, page, theirs, MapFlags::MAP_SHARED, ring, offset) } {
-            Ok(written) => Ok(Self { page, written: written.cast(), read }),
+        let read = map(ring, page, libc::PROT_READ | libc::PROT_WRITE, 0)?;
+        match map(ring, page, libc::PROT_READ, page) {
+            Ok(written) => Ok(Self { page, written, read }),
             Err(error) => {
-                // SAFETY: it was just made, and nothing refers to it.
-                let _ = unsafe { munmap(read.cast(), page.get()) };
-                Err(error.into())
+                unmap(read, page);
+                Err(error)
             }
         }
     }
@@ -245,10 +237,26 @@ impl Positions {
 impl Drop for Positions {
     fn drop(&mut self) {
         for mapping in [self.written, self.read] {
-            // SAFETY: it was mapped with this length, and is used no more.
-            let _ = unsafe { munmap(mapping.cast(), self.page.get()) };
+            unmap(mapping, self.page);
         }
     }
+}
+
+/// Maps a page of the ring that begins with a counter.
+fn map(ring: &OwnedFd, page: usize, access: libc::c_int, offset: usize) -> io::Result<NonNull<AtomicU64>> {
+    let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
+    // SAFETY: a new mapping, which replaces none.
+    let mapping = unsafe { libc::mmap(std::ptr::null_mut(), page, access, libc::MAP_SHARED, ring.as_raw_fd(), offset) };
+    if mapping == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    NonNull::new(mapping.cast()).ok_or_else(|| io::Error::other("a mapping at address 0"))
+}
+
+/// Of a mapping by [`map`] that is used no more.
+fn unmap(mapping: NonNull<AtomicU64>, page: usize) {
+    // SAFETY: it was mapped with this length, and its only owner gives it up.
+    unsafe { libc::munmap(mapping.as_ptr().cast(), page) };
 }
 
 fn page_size() -> io::Result<usize> {

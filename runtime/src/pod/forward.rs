@@ -96,6 +96,8 @@ impl Forward {
             }
             stays
         });
+        // What was told to stop lets go of its address now, on this thread.
+        tokio::task::yield_now().await;
         let new: Vec<_> = wanted.into_iter().filter(|wanted| !self.listening.contains_key(wanted)).collect();
         if new.is_empty() {
             return;
@@ -115,10 +117,8 @@ impl Forward {
     }
 
     async fn open(&self, places: Vec<Listening>) -> Vec<io::Result<std::net::TcpListener>> {
-        let opened = self.netns.try_clone().map(|netns| {
-            // What was closed just now has let go of its address when the namespace is entered.
-            blocking(move || listen_in(netns, &places).map_err(io::Error::other))
-        });
+        let opened =
+            self.netns.try_clone().map(|netns| blocking(move || listen_in(netns, &places).map_err(io::Error::other)));
         let opened = match opened {
             Ok(opened) => opened.await,
             Err(error) => Err(error),

@@ -3,6 +3,7 @@
 mod container;
 mod forward;
 mod io;
+mod names;
 mod network;
 mod process;
 mod streams;
@@ -164,6 +165,7 @@ impl Pod {
         tokio::select! {
             error = network.follow(&self.agent) => NetworkError::Socket(error).into(),
             never = network.forward(&self.agent, self.sandbox.dialler()) => match never {},
+            never = network.resolve(self.sandbox.dialler()) => match never {},
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::io;
+use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -10,9 +11,11 @@ use katavm_protocol::agent::ConfigureNetworkRequest;
 use katavm_vmm::Microvm;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::sync::watch;
 
 use super::PodError;
 use super::forward::{self, ForwardError};
+use super::names;
 use crate::network::{GuestNetwork, NetworkError};
 use crate::sandbox::agent::Agent;
 use crate::sandbox::vm::Dial;
@@ -27,6 +30,8 @@ pub struct Network {
     guest: Arc<Mutex<Option<GuestNetwork>>>,
     /// What the agent knows; held throughout an update, so that they follow each other.
     told: tokio::sync::Mutex<ConfigureNetworkRequest>,
+    /// Name servers in the namespace, as the agent knows them.
+    name_servers: watch::Sender<Vec<Ipv4Addr>>,
     news: OwnedFd,
     netns: OwnedFd,
 }
@@ -39,7 +44,14 @@ impl Network {
     pub fn new(machine: Arc<Microvm>, guest: GuestNetwork) -> Result<Self, NetworkError> {
         let news = guest.news().try_clone_to_owned().map_err(NetworkError::Socket)?;
         let netns = guest.netns().try_clone_to_owned().map_err(NetworkError::Socket)?;
-        Ok(Self { machine, guest: Arc::new(Mutex::new(Some(guest))), told: Default::default(), news, netns })
+        Ok(Self {
+            machine,
+            guest: Arc::new(Mutex::new(Some(guest))),
+            told: Default::default(),
+            name_servers: Default::default(),
+            news,
+            netns,
+        })
     }
 
     /// Plugs what has come to the namespace and unplugs what has gone, and tells the agent what has changed.
@@ -51,6 +63,8 @@ impl Network {
         let request = updated.await.map_err(|error| NetworkError::Socket(io::Error::other(error)))??;
         if let Some(request) = request.filter(|request| *request != *told) {
             agent.configure_network(&request).await?;
+            let servers = request.name_servers.iter().filter_map(|ip| <[u8; 4]>::try_from(ip.as_slice()).ok());
+            self.name_servers.send_replace(servers.map(Ipv4Addr::from).collect());
             *told = request;
         }
         Ok(())
@@ -85,6 +99,16 @@ impl Network {
                 log::warn!("what connects to the guest from inside its network namespace is refused: {error}")
             }
         }
+        std::future::pending().await
+    }
+
+    /// Has name servers in the namespace asked for the guest, for as long as this is awaited.
+    pub(super) async fn resolve(&self, dial: Arc<dyn Dial>) -> Infallible {
+        let error = match self.netns.try_clone() {
+            Ok(netns) => names::serve(netns, self.name_servers.subscribe(), dial).await,
+            Err(error) => error,
+        };
+        log::debug!("the guest's queries for names are answered no more: {error}");
         std::future::pending().await
     }
 
