@@ -18,14 +18,12 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Serves the forward port for as long as the guest lives.
 pub async fn serve(incoming: Incoming) {
     loop {
-        match incoming.accept().await {
-            Ok(connection) => drop(tokio::spawn(async move {
-                if let Err(error) = forward(connection).await {
-                    crate::debug!("a forwarded connection broke: {error}");
-                }
-            })),
-            Err(error) => return crate::error!("the forward port failed: {error}"),
-        }
+        let connection = incoming.next().await;
+        tokio::spawn(async move {
+            if let Err(error) = forward(connection).await {
+                crate::debug!("a forwarded connection broke: {error}");
+            }
+        });
     }
 }
 

@@ -11,6 +11,7 @@ pub mod error;
 pub mod events;
 pub mod forward;
 pub mod helper;
+pub mod listening;
 pub mod log;
 pub mod names;
 pub mod network;

@@ -17,6 +17,7 @@ use crate::end::{end_vm, install_panic_hook, print_on_console};
 use crate::error::Error;
 use crate::events::Events;
 use crate::forward;
+use crate::listening;
 use crate::names::Names;
 use crate::reaper::{Reaper, ignore_sigpipe};
 use crate::service::Service;
@@ -45,6 +46,7 @@ fn serve(cmdline: &Cmdline, main_ns: u64) -> Result<std::convert::Infallible, Er
     let stream = listen(transport, ports::STREAM)?;
     let forwarded = listen(transport, ports::FORWARD)?;
     let names = listen(transport, ports::NAMES)?;
+    let listeners = listen(transport, ports::LISTENERS)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime =
         runtime.map_err(|error| Error::io("cannot start the runtime (CONFIG_EPOLL, CONFIG_EVENTFD)", error))?;
@@ -56,7 +58,10 @@ fn serve(cmdline: &Cmdline, main_ns: u64) -> Result<std::convert::Infallible, Er
         let failed = |what: &'static str| move |error: io::Error| Error::io(what, error);
         let mut children = signal(SignalKind::child()).map_err(failed("cannot wait for SIGCHLD"))?;
         tokio::spawn(forward::serve(forwarded.incoming().map_err(failed("cannot serve the forward port"))?));
-        let names = Names::new(names.incoming().map_err(failed("cannot serve the names port"))?, cgroup::ROOT.into());
+        let names = names.incoming().map_err(failed("cannot serve the names port"))?;
+        let names = Arc::new(Names::new(names, cgroup::ROOT.into()));
+        let listeners = listeners.incoming().map_err(failed("cannot serve the listeners port"))?;
+        tokio::spawn(listening::serve(listeners, cgroup::ROOT.into(), Arc::clone(&names)));
         let listener = accepting(rpc).map_err(failed("cannot serve the rpc port"))?;
         let mut server = ttrpc::r#async::Server::new()
             .add_listener(listener)

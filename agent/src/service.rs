@@ -1,14 +1,13 @@
 //! The ttrpc service: each request to the part that does it.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use katavm_protocol::agent::{
     CheckRequest, CheckResponse, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, CreateExecRequest,
-    CreateSandboxRequest, Empty, Event, ListProcessesResponse, ListenersResponse, ProcessRequest, ProcessResponse,
-    ResizeTerminalRequest, SignalRequest, StatsResponse, UpdateContainerRequest, WaitResponse,
+    CreateSandboxRequest, Empty, Event, ListProcessesResponse, ProcessRequest, ProcessResponse, ResizeTerminalRequest,
+    SignalRequest, StatsResponse, UpdateContainerRequest, WaitResponse,
 };
 use katavm_protocol::agent_ttrpc::Agent;
 use katavm_protocol::reset::RESET_ORDERLY;
@@ -16,12 +15,11 @@ use nix::mount::{MntFlags, umount2};
 use ttrpc::Result;
 use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
-use crate::cgroup::{self, stats};
+use crate::cgroup::stats;
 use crate::container::{Containers, processes};
 use crate::error::Error;
 use crate::names::Names;
 use crate::network;
-use crate::network::listeners::Changes;
 use crate::sandbox;
 use crate::server::kernel_release;
 
@@ -31,12 +29,12 @@ const GRACE: Duration = Duration::from_secs(2);
 /// The service.
 pub struct Service {
     containers: Arc<Containers>,
-    names: Names,
+    names: Arc<Names>,
 }
 
 impl Service {
     /// Over the guest's containers, with the name servers that the host has for it.
-    pub fn new(containers: Arc<Containers>, names: Names) -> Self {
+    pub fn new(containers: Arc<Containers>, names: Arc<Names>) -> Self {
         Self { containers, names }
     }
 
@@ -182,20 +180,5 @@ impl Agent for Service {
             sender.send(&event).await?;
         }
         Ok(())
-    }
-
-    async fn listeners(&self, _: &TtrpcContext, _: Empty, sender: ServerStreamSender<ListenersResponse>) -> Result<()> {
-        let failed = |error| Error::io("cannot watch the listening sockets", error);
-        let mut changes = Changes::new(Path::new(cgroup::ROOT)).map_err(failed)?;
-        loop {
-            let mut listeners = changes.next().await.map_err(failed)?;
-            let mut own = Vec::with_capacity(listeners.len());
-            for listener in &listeners {
-                own.push(self.names.has(&listener.ip).await);
-            }
-            let mut own = own.into_iter();
-            listeners.retain(|_| !own.next().unwrap_or_default());
-            sender.send(&ListenersResponse { listeners, ..Default::default() }).await?;
-        }
     }
 }

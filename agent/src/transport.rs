@@ -7,6 +7,7 @@ use std::mem::size_of;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::time::Duration;
 
 use katavm_protocol::ports::HOST_CID;
 use nix::errno::Errno;
@@ -120,6 +121,9 @@ impl Listener {
     }
 }
 
+/// How long accepting rests after an error, such as that of too many open files.
+const REST: Duration = Duration::from_millis(200);
+
 /// The connections of a listener.
 pub struct Incoming {
     listener: Listener,
@@ -127,6 +131,19 @@ pub struct Incoming {
 }
 
 impl Incoming {
+    /// The next one, however long that takes. None is lost when the future is dropped.
+    pub async fn next(&self) -> tokio::net::UnixStream {
+        loop {
+            match self.accept().await {
+                Ok(connection) => return connection,
+                Err(error) => {
+                    crate::error!("cannot accept a connection of the host: {error}");
+                    tokio::time::sleep(REST).await;
+                }
+            }
+        }
+    }
+
     /// The next one. None is lost when the future is dropped.
     ///
     /// # Errors

@@ -105,8 +105,9 @@ async fn names(cgroup: &Path) {
     let listener = Listener::from(UnixListener::bind(&socket).unwrap());
     let names = Names::new(listener.incoming().unwrap(), cgroup.to_owned());
     assert!(names.set(&[vec![10, 0, 0, 1]]).await.is_err());
-    if let Err(error) = names.set(&[SERVER.octets().to_vec()]).await {
-        let _ = writeln!(io::stderr(), "SKIPPED names: {error}");
+    names.set(&[SERVER.octets().to_vec()]).await.unwrap();
+    if names.addresses().await.is_empty() {
+        let _ = writeln!(io::stderr(), "SKIPPED names: this kernel lacks what they take");
         return;
     }
     let mut host = tokio::net::UnixStream::connect(&socket).await.unwrap();

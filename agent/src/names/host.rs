@@ -73,13 +73,8 @@ impl Drop for Forget<'_> {
 /// Passes queries on to whichever connection the host has made, and answers back.
 pub async fn serve(incoming: Incoming, host: std::sync::Arc<Host>, mut queries: mpsc::Receiver<Query>) {
     loop {
-        match incoming.accept().await {
-            Ok(connection) => {
-                let error = converse(connection, &host, &mut queries).await;
-                crate::debug!("the host's connection for names ended: {error}");
-            }
-            Err(error) => return crate::error!("the names port failed: {error}"),
-        }
+        let error = converse(incoming.next().await, &host, &mut queries).await;
+        crate::debug!("the host's connection for names ended: {error}");
     }
 }
 

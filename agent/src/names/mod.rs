@@ -10,7 +10,6 @@ mod server;
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
-use std::io;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -42,10 +41,11 @@ impl Names {
         Self { cgroup, host, servers: Mutex::default() }
     }
 
-    /// Has servers at these addresses, and at no others.
+    /// Has servers at these addresses, and at no others. One that cannot be had, as in a kernel without BPF, is logged:
+    /// the guest does without it.
     ///
     /// # Errors
-    /// What is no loopback address, and what could not be done.
+    /// What is no loopback address, and too many of them.
     pub async fn set(&self, addresses: &[Vec<u8>]) -> Result<(), Error> {
         let address = |bytes: &Vec<u8>| {
             let address = <[u8; 4]>::try_from(bytes.as_slice()).map(Ipv4Addr::from).ok();
@@ -60,17 +60,17 @@ impl Names {
         servers.retain(|address, _| wanted.contains(address));
         for address in wanted {
             if let Entry::Vacant(place) = servers.entry(address) {
-                let failed = |error: io::Error| Error::io(format_args!("cannot answer for {address}"), error);
-                let server = Server::start(&self.cgroup, address, Arc::clone(&self.host)).await.map_err(failed)?;
-                place.insert(server);
+                match Server::start(&self.cgroup, address, Arc::clone(&self.host)).await {
+                    Ok(server) => drop(place.insert(server)),
+                    Err(error) => crate::error!("there is no name server at {address}: {error}"),
+                }
             }
         }
         Ok(())
     }
 
-    /// Whether a listening socket is one of the servers'.
-    pub async fn has(&self, ip: &[u8]) -> bool {
-        let servers = self.servers.lock().await;
-        <[u8; 4]>::try_from(ip).is_ok_and(|ip| servers.contains_key(&Ipv4Addr::from(ip)))
+    /// Where there are servers.
+    pub async fn addresses(&self) -> Vec<Ipv4Addr> {
+        self.servers.lock().await.keys().copied().collect()
     }
 }

@@ -21,6 +21,8 @@ use crate::host::{in_network_namespace, network_setting, set_network_setting};
 pub const PORTS: (u16, u16) = (0xfe00, 0xfeff);
 
 const SETTING: &str = "ipv4/ip_local_port_range";
+/// What it is in a new namespace.
+const DEFAULT: &str = "32768\t60999";
 
 /// Has the namespace's own connections be from [`PORTS`]; what was set before.
 ///
@@ -29,9 +31,15 @@ const SETTING: &str = "ipv4/ip_local_port_range";
 pub fn take_ports(netns: impl AsFd) -> Result<String, NetworkError> {
     let take = || {
         let before = network_setting(SETTING)?;
-        set_network_setting(SETTING, &format!("{} {}", PORTS.0, PORTS.1)).map(|()| before)
+        set_network_setting(SETTING, &format!("{} {}", PORTS.0, PORTS.1))?;
+        // Left by a sandbox that was killed: what was before that is not known any more.
+        Ok(if is_own(&before) { DEFAULT.into() } else { before })
     };
     in_network_namespace(netns, take).map_err(NetworkError::Enter)?.map_err(NetworkError::Ports)
+}
+
+fn is_own(range: &str) -> bool {
+    range.split_whitespace().map(str::parse).eq([Ok(PORTS.0), Ok(PORTS.1)])
 }
 
 /// Has them be what they were.
@@ -138,5 +146,6 @@ mod tests {
         assert!((first..=last).all(|port| u32::from(port) & PORT_BITS == super::port()));
         assert!([first - 1, last.wrapping_add(1)].iter().all(|port| u32::from(*port) & PORT_BITS != super::port()));
         assert_eq!(PORT_BITS, 0xff00);
+        assert!(is_own("65024\t65279") && !is_own(DEFAULT) && !is_own("65024") && !is_own(""));
     }
 }

@@ -4,23 +4,24 @@
 //! Wherever a socket of the guest listens, one in the namespace does; what it accepts goes on in the guest.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::convert::Infallible;
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use katavm_protocol::agent::{ForwardHello, ForwardReply, ListenersResponse};
+use katavm_protocol::agent::{ForwardHello, ForwardReply, Listeners};
 use katavm_protocol::{frame, ports, relay};
+use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio::task::{AbortHandle, JoinSet};
-use tokio::time::timeout;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::network::{Listening, listen_in};
-use crate::sandbox::agent::{Agent, AgentError};
-use crate::sandbox::blocking;
 use crate::sandbox::vm::Dial;
+use crate::sandbox::{DIAL_PATIENCE, blocking};
 
 /// Sockets that are opened for the guest's, whatever it says.
 const LISTENERS: usize = 1024;
@@ -30,16 +31,21 @@ const CONNECTIONS: usize = 256;
 const PATIENCE: Duration = Duration::from_secs(15);
 /// How long accepting rests when there are no descriptors for it.
 const REST: Duration = Duration::from_millis(200);
+/// How long what the guest says is not heard after each time at least: its sockets may come and go faster than it is
+/// worth to follow.
+const PACE: Duration = Duration::from_millis(20);
+/// How many times as long as it took to follow: with this, a guest can keep a fifth of a processor busy at most.
+const SHARE: u32 = 4;
 
 /// Why nothing is forwarded any more.
 #[derive(Debug, thiserror::Error)]
 pub enum ForwardError {
-    /// The agent does not tell where the guest listens.
-    #[error(transparent)]
-    Agent(#[from] AgentError),
+    /// The agent cannot tell where the guest listens.
+    #[error("the agent cannot tell where the guest listens: {0:?}")]
+    Guest(String),
     /// It tells no more.
-    #[error("the agent tells no more where the guest listens")]
-    Ended,
+    #[error("the agent tells no more where the guest listens: {0}")]
+    Ended(#[from] io::Error),
 }
 
 /// A connection that was accepted, and its right to be there.
@@ -48,28 +54,29 @@ type Accepted = (TcpStream, OwnedSemaphorePermit);
 /// What listens in the namespace for the guest. Everything ends when it is dropped.
 struct Forward {
     netns: OwnedFd,
-    listening: BTreeMap<Listening, AbortHandle>,
-    accepting: JoinSet<()>,
+    /// Each with its one task.
+    listening: BTreeMap<Listening, JoinSet<()>>,
     accepted: mpsc::Sender<Accepted>,
     places: Arc<Semaphore>,
 }
 
 /// Forwards for as long as this is awaited, or the guest is there; why no more.
-pub async fn serve(netns: OwnedFd, agent: &Agent, dial: Arc<dyn Dial>) -> ForwardError {
-    let mut told = match agent.listeners().await {
-        Ok(told) => told,
-        Err(error) => return error.into(),
-    };
-    let (accepted, mut connections) = mpsc::channel(1);
+pub async fn serve(netns: OwnedFd, dial: Arc<dyn Dial>) -> ForwardError {
+    let (accepted, connections) = mpsc::channel(1);
     let places = Arc::new(Semaphore::new(CONNECTIONS));
-    let mut forward = Forward { netns, listening: BTreeMap::new(), accepting: JoinSet::new(), accepted, places };
+    let forward = Forward { netns, listening: BTreeMap::new(), accepted, places };
+    let telling = Arc::clone(&dial);
+    tokio::select! {
+        error = forward.follow(telling) => error,
+        never = carry(connections, dial) => match never {},
+    }
+}
+
+/// Has each connection go on in the guest.
+async fn carry(mut connections: mpsc::Receiver<Accepted>, dial: Arc<dyn Dial>) -> Infallible {
     let mut running = JoinSet::new();
     loop {
         tokio::select! {
-            listeners = told.next() => match listeners {
-                Some(listeners) => forward.follow(&listeners).await,
-                None => return ForwardError::Ended,
-            },
             Some((tcp, place)) = connections.recv() => {
                 let dial = Arc::clone(&dial);
                 running.spawn(async move {
@@ -80,24 +87,39 @@ pub async fn serve(netns: OwnedFd, agent: &Agent, dial: Arc<dyn Dial>) -> Forwar
                 });
             }
             Some(_) = running.join_next() => {}
-            Some(_) = forward.accepting.join_next() => {}
+            // Nobody accepts any more.
+            else => std::future::pending().await,
         }
     }
 }
 
 impl Forward {
-    /// Listens where the guest does now, and nowhere else.
-    async fn follow(&mut self, told: &ListenersResponse) {
-        let wanted: BTreeSet<_> = told.listeners.iter().filter_map(Listening::of).take(LISTENERS).collect();
-        self.listening.retain(|here, accepting| {
-            let stays = wanted.contains(here) && !accepting.is_finished();
-            if !stays {
-                accepting.abort();
+    /// Does so again and again, as the agent tells.
+    async fn follow(mut self, dial: Arc<dyn Dial>) -> ForwardError {
+        let mut stream = match dialled(dial, ports::LISTENERS, DIAL_PATIENCE).await {
+            Ok(stream) => stream,
+            Err(error) => return error.into(),
+        };
+        loop {
+            let told = told(&mut stream).await;
+            let began = Instant::now();
+            match told {
+                Ok(told) if told.error.is_empty() => self.listen(&told).await,
+                Ok(told) => return ForwardError::Guest(told.error),
+                Err(error) => return error.into(),
             }
-            stays
-        });
-        // What was told to stop lets go of its address now, on this thread.
-        tokio::task::yield_now().await;
+            sleep(PACE.max(began.elapsed().saturating_mul(SHARE))).await;
+        }
+    }
+
+    /// Listens where the guest does now, and nowhere else.
+    async fn listen(&mut self, told: &Listeners) {
+        let wanted: BTreeSet<_> = told.listeners.iter().filter_map(Listening::of).take(LISTENERS).collect();
+        let gone: Vec<_> = self.listening.extract_if(.., |here, _| !wanted.contains(here)).collect();
+        for (_, mut accepting) in gone {
+            // Its address may be one that is wanted in another way.
+            accepting.shutdown().await;
+        }
         let new: Vec<_> = wanted.into_iter().filter(|wanted| !self.listening.contains_key(wanted)).collect();
         if new.is_empty() {
             return;
@@ -107,8 +129,9 @@ impl Forward {
             let listener = listener.and_then(TcpListener::from_std);
             match listener {
                 Ok(listener) => {
-                    let (accepted, places) = (self.accepted.clone(), Arc::clone(&self.places));
-                    self.listening.insert(place, self.accepting.spawn(accept(listener, accepted, places)));
+                    let mut accepting = JoinSet::new();
+                    accepting.spawn(accept(listener, self.accepted.clone(), Arc::clone(&self.places)));
+                    self.listening.insert(place, accepting);
                 }
                 // It may be an address that only the guest has, or taken by whoever is in the namespace.
                 Err(error) => log::debug!("{}:{} of the guest is not reached from here: {error}", place.ip, place.port),
@@ -130,6 +153,18 @@ impl Forward {
     }
 }
 
+/// Where the guest's sockets listen now, when that has changed.
+async fn told(stream: &mut UnixStream) -> io::Result<Listeners> {
+    stream.write_u8(0).await?;
+    frame::receive(stream).await
+}
+
+async fn dialled(dial: Arc<dyn Dial>, port: u32, patience: Duration) -> io::Result<UnixStream> {
+    let stream = blocking(move || dial.dial(port, patience)).await?;
+    stream.set_nonblocking(true)?;
+    UnixStream::from_std(stream)
+}
+
 async fn accept(listener: TcpListener, accepted: mpsc::Sender<Accepted>, places: Arc<Semaphore>) {
     loop {
         match listener.accept().await {
@@ -141,7 +176,7 @@ async fn accept(listener: TcpListener, accepted: mpsc::Sender<Accepted>, places:
             }
             Err(error) => {
                 log::debug!("cannot accept a connection for the guest: {error}");
-                tokio::time::sleep(REST).await;
+                sleep(REST).await;
             }
         }
     }
@@ -167,9 +202,7 @@ async fn reach(tcp: &TcpStream, dial: Arc<dyn Dial>) -> io::Result<UnixStream> {
         IpAddr::V4(ip) => ip.octets().to_vec(),
         IpAddr::V6(ip) => ip.octets().to_vec(),
     };
-    let stream = blocking(move || dial.dial(ports::FORWARD, PATIENCE)).await?;
-    stream.set_nonblocking(true)?;
-    let mut stream = UnixStream::from_std(stream)?;
+    let mut stream = dialled(dial, ports::FORWARD, PATIENCE).await?;
     let hello = ForwardHello { ip, port: here.port().into(), ..Default::default() };
     frame::send(&mut stream, &hello).await?;
     let reply: ForwardReply = frame::receive(&mut stream).await?;

@@ -164,7 +164,7 @@ impl Pod {
         let Some(network) = &self.network else { return std::future::pending().await };
         tokio::select! {
             error = network.follow(&self.agent) => NetworkError::Socket(error).into(),
-            never = network.forward(&self.agent, self.sandbox.dialler()) => match never {},
+            never = network.forward(self.sandbox.dialler()) => match never {},
             never = network.resolve(self.sandbox.dialler()) => match never {},
         }
     }

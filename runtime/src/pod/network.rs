@@ -88,11 +88,11 @@ impl Network {
     }
 
     /// Forwards connections that are made in the namespace to the guest, for as long as this is awaited.
-    pub(super) async fn forward(&self, agent: &Agent, dial: Arc<dyn Dial>) -> Infallible {
+    pub(super) async fn forward(&self, dial: Arc<dyn Dial>) -> Infallible {
         match self.netns.try_clone() {
-            Ok(netns) => match forward::serve(netns, agent, dial).await {
+            Ok(netns) => match forward::serve(netns, dial).await {
                 // The end of the guest is others' to tell.
-                error @ ForwardError::Ended => log::debug!("{error}"),
+                error @ ForwardError::Ended(_) => log::debug!("{error}"),
                 error => log::warn!("what connects to the guest from inside its network namespace is refused: {error}"),
             },
             Err(error) => {

@@ -7,8 +7,8 @@ use std::time::Duration;
 pub use katavm_protocol::agent::Process as GuestProcess;
 use katavm_protocol::agent::{
     CheckRequest, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, CreateExecRequest,
-    CreateSandboxRequest, Empty, Event, Exit, ListenersResponse, ProcessRequest, ResizeTerminalRequest, SignalRequest,
-    StatsResponse, UpdateContainerRequest,
+    CreateSandboxRequest, Empty, Event, Exit, ProcessRequest, ResizeTerminalRequest, SignalRequest, StatsResponse,
+    UpdateContainerRequest,
 };
 use katavm_protocol::agent_ttrpc::AgentClient;
 use tokio::time::timeout;
@@ -238,14 +238,6 @@ impl Agent {
         Ok(Events(self.client.events(Context::default(), &Empty::new()).await?))
     }
 
-    /// Where the guest's sockets listen, from now on.
-    ///
-    /// # Errors
-    /// Any [`AgentError`].
-    pub async fn listeners(&self) -> Result<Listeners, AgentError> {
-        Ok(Listeners(self.client.listeners(Context::default(), &Empty::new()).await?))
-    }
-
     /// Changes a container's limits: `resources` is JSON as in the runtime specification.
     ///
     /// # Errors
@@ -267,22 +259,6 @@ impl Events {
             Ok(event) => event,
             Err(error) => {
                 log::debug!("the agent tells of nothing more: {error}");
-                None
-            }
-        }
-    }
-}
-
-/// Where the guest's sockets listen.
-pub struct Listeners(ClientStreamReceiver<ListenersResponse>);
-
-impl Listeners {
-    /// All of them, when that has changed; nothing when the agent tells no more.
-    pub async fn next(&mut self) -> Option<ListenersResponse> {
-        match self.0.recv().await {
-            Ok(listeners) => listeners,
-            Err(error) => {
-                log::debug!("the agent does not tell of the guest's listening sockets: {error}");
                 None
             }
         }
