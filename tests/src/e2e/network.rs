@@ -325,6 +325,10 @@ fn from_within(context: &Context) -> Result<Verdict> {
         nc -ll -p 82 -e cat & exec sleep 1000";
     bundle(context, &["sh", "-c", servers], |config| {
         config["linux"]["namespaces"][4]["path"] = json!(PLACE);
+        for set in ["bounding", "effective", "permitted"] {
+            let held = config["process"]["capabilities"][set].as_array_mut();
+            held.into_iter().for_each(|held| held.push(json!("CAP_NET_BIND_SERVICE")));
+        }
     })?;
     super::agent::whole_rootfs(context)?;
     std::fs::create_dir_all(context.scratch().join("rootfs/tmp"))?;
