@@ -3,13 +3,17 @@
 //! The binary is also its own helper: see [`helper`].
 
 pub mod boot;
+pub mod bpf;
 pub mod cgroup;
 pub mod container;
 pub mod end;
 pub mod error;
 pub mod events;
+pub mod forward;
 pub mod helper;
+pub mod listening;
 pub mod log;
+pub mod names;
 pub mod network;
 pub mod reaper;
 pub mod sandbox;

@@ -1,25 +1,24 @@
 //! The agent as a whole: what runs, in which order.
 
 use std::io;
-use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use katavm_protocol::agent::Ready;
 use katavm_protocol::agent_ttrpc::create_agent;
 use katavm_protocol::reset::RESET_UNUSABLE_KERNEL;
 use katavm_protocol::{frame, ports};
-use nix::errno::Errno;
 use nix::time::{ClockId, clock_gettime};
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::boot::{self, Cmdline};
+use crate::cgroup;
 use crate::container::Containers;
 use crate::end::{end_vm, install_panic_hook, print_on_console};
 use crate::error::Error;
 use crate::events::Events;
+use crate::forward;
+use crate::listening;
+use crate::names::Names;
 use crate::reaper::{Reaper, ignore_sigpipe};
 use crate::service::Service;
 use crate::streams;
@@ -45,6 +44,9 @@ fn serve(cmdline: &Cmdline, main_ns: u64) -> Result<std::convert::Infallible, Er
     let transport = cmdline.transport;
     let rpc = listen(transport, ports::RPC)?;
     let stream = listen(transport, ports::STREAM)?;
+    let forwarded = listen(transport, ports::FORWARD)?;
+    let names = listen(transport, ports::NAMES)?;
+    let listeners = listen(transport, ports::LISTENERS)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime =
         runtime.map_err(|error| Error::io("cannot start the runtime (CONFIG_EPOLL, CONFIG_EVENTFD)", error))?;
@@ -55,10 +57,15 @@ fn serve(cmdline: &Cmdline, main_ns: u64) -> Result<std::convert::Infallible, Er
         streams.map_err(|error| Error::io("cannot serve the stream port", error))?;
         let failed = |what: &'static str| move |error: io::Error| Error::io(what, error);
         let mut children = signal(SignalKind::child()).map_err(failed("cannot wait for SIGCHLD"))?;
+        tokio::spawn(forward::serve(forwarded.incoming().map_err(failed("cannot serve the forward port"))?));
+        let names = names.incoming().map_err(failed("cannot serve the names port"))?;
+        let names = Arc::new(Names::new(names, cgroup::ROOT.into()));
+        let listeners = listeners.incoming().map_err(failed("cannot serve the listeners port"))?;
+        tokio::spawn(listening::serve(listeners, cgroup::ROOT.into(), Arc::clone(&names)));
         let listener = accepting(rpc).map_err(failed("cannot serve the rpc port"))?;
         let mut server = ttrpc::r#async::Server::new()
             .add_listener(listener)
-            .register_service(create_agent(Arc::new(Service::new(containers))));
+            .register_service(create_agent(Arc::new(Service::new(containers, names))));
         server.start().await.map_err(|error| Error::Internal(format!("cannot serve the rpc port: {error}")))?;
         say_ready(transport, main_ns);
         loop {
@@ -77,31 +84,11 @@ fn listen(transport: Transport, port: u32) -> Result<Listener, Error> {
 
 /// The connections of the rpc port as ttrpc wants them.
 fn accepting(listener: Listener) -> io::Result<ttrpc::r#async::transport::Listener> {
-    set_nonblocking(listener.socket())?;
-    // SAFETY: an OwnedFd is the same open descriptor until it is dropped, and `socket` drops it.
-    let socket = unsafe { AsyncFd::register_with_interest(listener.socket().try_clone()?, Interest::READABLE) }?;
-    let connections = futures::stream::unfold((listener, socket), |(listener, socket)| async {
-        let connection = accept(&listener, &socket).await;
-        Some((connection, (listener, socket)))
+    let connections = futures::stream::unfold(listener.incoming()?, |incoming| async {
+        let connection = incoming.accept().await;
+        Some((connection, incoming))
     });
     Ok(ttrpc::r#async::transport::Listener::new(connections))
-}
-
-async fn accept(listener: &Listener, socket: &AsyncFd<std::os::fd::OwnedFd>) -> io::Result<tokio::net::UnixStream> {
-    loop {
-        let mut guard = socket.readable().await?;
-        if let Ok(connection) = guard.try_io(|_| listener.accept()) {
-            let connection: UnixStream = connection?;
-            connection.set_nonblocking(true)?;
-            return tokio::net::UnixStream::from_std(connection);
-        }
-    }
-}
-
-fn set_nonblocking(fd: &impl AsRawFd) -> io::Result<()> {
-    // SAFETY: F_SETFL takes a number; of the flags a listening socket has none other that matters.
-    Errno::result(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) })?;
-    Ok(())
 }
 
 /// Tells the host, once; one that does not listen finds out by calling.

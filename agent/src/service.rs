@@ -18,6 +18,7 @@ use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 use crate::cgroup::stats;
 use crate::container::{Containers, processes};
 use crate::error::Error;
+use crate::names::Names;
 use crate::network;
 use crate::sandbox;
 use crate::server::kernel_release;
@@ -28,12 +29,13 @@ const GRACE: Duration = Duration::from_secs(2);
 /// The service.
 pub struct Service {
     containers: Arc<Containers>,
+    names: Arc<Names>,
 }
 
 impl Service {
-    /// Over the guest's containers.
-    pub fn new(containers: Arc<Containers>) -> Self {
-        Self { containers }
+    /// Over the guest's containers, with the name servers that the host has for it.
+    pub fn new(containers: Arc<Containers>, names: Arc<Names>) -> Self {
+        Self { containers, names }
     }
 
     async fn freeze(&self, container_id: &str, frozen: bool) -> Result<Empty> {
@@ -65,9 +67,11 @@ impl Agent for Service {
         Ok(Empty::new())
     }
 
-    async fn configure_network(&self, _: &TtrpcContext, request: ConfigureNetworkRequest) -> Result<Empty> {
+    async fn configure_network(&self, _: &TtrpcContext, mut request: ConfigureNetworkRequest) -> Result<Empty> {
+        let name_servers = std::mem::take(&mut request.name_servers);
         let done = tokio::task::spawn_blocking(move || network::configure(&request)).await;
         done.map_err(|error| Error::Internal(error.to_string()))??;
+        self.names.set(&name_servers).await?;
         Ok(Empty::new())
     }
 

@@ -7,9 +7,12 @@ use std::mem::size_of;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::time::Duration;
 
 use katavm_protocol::ports::HOST_CID;
 use nix::errno::Errno;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 /// Where unix sockets are, when they stand in for vsock ports: `<port>.sock`.
 pub const UNIX_DIR: &str = "/run/katavm/ports";
@@ -28,6 +31,12 @@ pub enum Transport {
 pub struct Listener {
     socket: OwnedFd,
     transport: Transport,
+}
+
+impl From<UnixListener> for Listener {
+    fn from(listener: UnixListener) -> Self {
+        Self { socket: listener.into(), transport: Transport::Unix }
+    }
 }
 
 impl Transport {
@@ -99,9 +108,55 @@ impl Listener {
         }
     }
 
-    /// The socket, for a poller.
-    pub fn socket(&self) -> &OwnedFd {
-        &self.socket
+    /// The connections, to be awaited. Must be called on a tokio runtime.
+    ///
+    /// # Errors
+    /// Those of fcntl(2) and epoll_ctl(2).
+    pub fn incoming(self) -> io::Result<Incoming> {
+        // SAFETY: F_SETFL takes a number; of the flags a listening socket has none other that matters.
+        Errno::result(unsafe { libc::fcntl(self.socket.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) })?;
+        // SAFETY: an OwnedFd is the same open descriptor until it is dropped, and `AsyncFd` owns it from here on.
+        let socket = unsafe { AsyncFd::register_with_interest(self.socket.try_clone()?, Interest::READABLE) };
+        Ok(Incoming { listener: self, socket: socket? })
+    }
+}
+
+/// How long accepting rests after an error, such as that of too many open files.
+const REST: Duration = Duration::from_millis(200);
+
+/// The connections of a listener.
+pub struct Incoming {
+    listener: Listener,
+    socket: AsyncFd<OwnedFd>,
+}
+
+impl Incoming {
+    /// The next one, however long that takes. None is lost when the future is dropped.
+    pub async fn next(&self) -> tokio::net::UnixStream {
+        loop {
+            match self.accept().await {
+                Ok(connection) => return connection,
+                Err(error) => {
+                    crate::error!("cannot accept a connection of the host: {error}");
+                    tokio::time::sleep(REST).await;
+                }
+            }
+        }
+    }
+
+    /// The next one. None is lost when the future is dropped.
+    ///
+    /// # Errors
+    /// Those of [`Listener::accept`].
+    pub async fn accept(&self) -> io::Result<tokio::net::UnixStream> {
+        loop {
+            let mut guard = self.socket.readable().await?;
+            if let Ok(connection) = guard.try_io(|_| self.listener.accept()) {
+                let connection = connection?;
+                connection.set_nonblocking(true)?;
+                return tokio::net::UnixStream::from_std(connection);
+            }
+        }
     }
 }
 

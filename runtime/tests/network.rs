@@ -2,12 +2,13 @@
 
 use std::fs::File;
 use std::io::{self, Write as _};
-use std::net::IpAddr;
+use std::net::{IpAddr, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::process::Command;
+use std::time::Duration;
 
 use katavm_runtime::host::in_network_namespace;
-use katavm_runtime::network::{NetworkError, Plugged, Scan, Watch, plug};
+use katavm_runtime::network::{Listening, NetworkError, Plugged, Scan, Watch, listen_in, plug};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// A new namespace, or why there is none.
@@ -312,6 +313,77 @@ fn filters_of_others_stay() {
     pair.assert_passes(&plugged);
     plugged.unplug().unwrap();
     assert_eq!(pair.state(), before);
+}
+
+#[test]
+fn a_shared_interface_leaves_the_namespaces_own_answers_to_it() {
+    let Some(pair) = Pair::new("a_shared_interface_leaves_the_namespaces_own_answers_to_it") else { return };
+    pair.near(&["ip addr add 10.1.0.2/16 dev eth0"]);
+    run(&pair.far, "ip addr add 10.1.0.1/16 dev far").unwrap();
+    let before = pair.state();
+    // What a killed sandbox has left is replaced here as well.
+    let mut left = pair.plug();
+    left.share().unwrap();
+    drop(left);
+    let mut plugged = pair.plug();
+    plugged.share().unwrap();
+    plugged.share().unwrap();
+    let tap = plugged.tap().unwrap();
+    let server = in_network_namespace(&pair.far, || UdpSocket::bind("10.1.0.1:53")).unwrap().unwrap();
+    server.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    let ask = |port: u16| {
+        let open = || UdpSocket::bind(("10.1.0.2", port));
+        let asking = in_network_namespace(&pair.near, open).unwrap().unwrap();
+        asking.send_to(b"who", "10.1.0.1:53").unwrap();
+        let mut query = [0; 8];
+        let (len, from) = server.recv_from(&mut query).unwrap();
+        assert_eq!((&query[..len], from.port()), (&b"who"[..], port));
+        server.send_to(b"me", from).unwrap();
+        asking.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        asking
+    };
+    // Its neighbour is found, and the answer comes back.
+    let own = ask(0xfe42);
+    let mut answer = [0; 8];
+    let (len, _) = own.recv_from(&mut answer).unwrap();
+    assert_eq!(&answer[..len], b"me");
+    // That to any other port goes to the guest, as everything else.
+    let other = ask(40_000);
+    until(&tap, b"me");
+    other.set_nonblocking(true).unwrap();
+    assert_eq!(other.recv(&mut answer).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    drop(tap);
+    pair.assert_passes(&plugged);
+    plugged.unplug().unwrap();
+    pair.near(&["ip neigh flush all"]);
+    assert_eq!(pair.state(), before);
+}
+
+#[test]
+fn what_listens_in_the_namespace_can_be_connected_to_there_only() {
+    let Some(pair) = Pair::new("what_listens_in_the_namespace_can_be_connected_to_there_only") else { return };
+    let here = |ip: &str, port| Listening { ip: ip.parse().unwrap(), port, v6_only: false };
+    let wanted = [here("0.0.0.0", 80), here("::", 81), here("127.0.0.1", 80), here("192.0.2.9", 82)];
+    let opened = listen_in(&pair.near, &wanted).unwrap();
+    let outcomes: Vec<_> = opened.iter().map(|one| one.as_ref().err().map(io::Error::kind)).collect();
+    use io::ErrorKind::{AddrInUse, AddrNotAvailable};
+    assert_eq!(outcomes, [None, None, Some(AddrInUse), Some(AddrNotAvailable)]);
+    let connect = |netns, port| {
+        in_network_namespace(netns, || TcpStream::connect(("127.0.0.1", port))).unwrap().map(drop).is_ok()
+    };
+    assert!(connect(&pair.near, 80) && connect(&pair.near, 81));
+    assert!(!connect(&pair.near, 82) && !connect(&pair.far, 80));
+}
+
+#[test]
+fn an_engines_name_server_is_found() {
+    let Some(pair) = Pair::new("an_engines_name_server_is_found") else { return };
+    assert_eq!(Scan::of(&pair.near).unwrap().name_servers, [] as [std::net::Ipv4Addr; 0]);
+    let server = in_network_namespace(&pair.near, || UdpSocket::bind("127.0.0.11:0")).unwrap().unwrap();
+    let found = Scan::of(&pair.near).unwrap();
+    assert_eq!(found.name_servers, [std::net::Ipv4Addr::new(127, 0, 0, 11)]);
+    assert_eq!(found.request(&[]).name_servers, [vec![127, 0, 0, 11]]);
+    drop(server);
 }
 
 #[test]

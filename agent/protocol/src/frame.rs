@@ -3,6 +3,7 @@
 use std::io::{self, Read, Write};
 
 use protobuf::Message;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 /// No message that travels in a frame is longer, in bytes: the reader's allocation is bounded by it.
 pub const MAX_LEN: u32 = 64 * 1024;
@@ -57,6 +58,26 @@ pub fn read<M: Message>(reader: &mut impl Read) -> io::Result<M> {
     reader.read_exact(&mut head)?;
     let mut body = vec![0; body_len(head)?];
     reader.read_exact(&mut body)?;
+    decode(&body)
+}
+
+/// Writes one frame.
+///
+/// # Errors
+/// Those of [`encode`] and of the writer.
+pub async fn send(writer: &mut (impl AsyncWrite + Unpin), message: &impl Message) -> io::Result<()> {
+    writer.write_all(&encode(message)?).await
+}
+
+/// Reads one frame. Bytes are lost when the future is dropped.
+///
+/// # Errors
+/// Those of the reader, [`body_len`] and [`decode`].
+pub async fn receive<M: Message>(reader: &mut (impl AsyncRead + Unpin)) -> io::Result<M> {
+    let mut head = [0; 4];
+    reader.read_exact(&mut head).await?;
+    let mut body = vec![0; body_len(head)?];
+    reader.read_exact(&mut body).await?;
     decode(&body)
 }
 

@@ -17,5 +17,7 @@ pub mod agent_ttrpc {
 pub const CONTAINER: &str = "container:";
 
 pub mod frame;
+pub mod names;
 pub mod ports;
+pub mod relay;
 pub mod reset;

@@ -6,12 +6,13 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
-use nix::errno::Errno;
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
 
 use super::Cgroup;
+use crate::bpf::{
+    self, AND, EXIT, Instruction, JUMP_EQUAL, JUMP_NOT_EQUAL, LOAD_WORD, MOVE, MOVE_REGISTER, SHIFT_RIGHT, instruction,
+};
 
 // linux/bpf.h: BPF_DEVCG_*
 const MKNOD: u32 = 1;
@@ -49,8 +50,8 @@ const DEFAULTS: [(Option<u32>, Option<u32>, u32); 9] = [
 /// # Errors
 /// `Unsupported` when the kernel lacks CONFIG_CGROUP_BPF; those of bpf(2).
 pub fn apply(cgroup: &Cgroup, rules: &[LinuxDeviceCgroup]) -> io::Result<()> {
-    let program = load(&compile(&with_defaults(rules)))?;
-    attach(&program, &File::open(cgroup.path())?)
+    let program = bpf::load(bpf::CGROUP_DEVICE, &compile(&with_defaults(rules)))?;
+    bpf::attach(&program, &File::open(cgroup.path())?, bpf::AT_DEVICE)
 }
 
 fn with_defaults(rules: &[LinuxDeviceCgroup]) -> Vec<Rule> {
@@ -84,29 +85,12 @@ impl Rule {
     }
 }
 
-/// An instruction (linux/bpf.h: struct bpf_insn), in its 64 bits.
-type Instruction = u64;
-
 // Registers: 0 is the verdict, 1 the context.
 const PENDING: u8 = 2;
 const KIND: u8 = 3;
 const MAJOR: u8 = 4;
 const MINOR: u8 = 5;
 const SCRATCH: u8 = 6;
-// Operations: class | source | code.
-const LOAD_WORD: u8 = 0x61;
-const AND: u8 = 0x54;
-const SHIFT_RIGHT: u8 = 0x74;
-const MOVE: u8 = 0xb7;
-const MOVE_REGISTER: u8 = 0xbf;
-const JUMP_EQUAL: u8 = 0x15;
-const JUMP_NOT_EQUAL: u8 = 0x55;
-const EXIT: u8 = 0x95;
-
-fn instruction(operation: u8, destination: u8, source: u8, offset: i16, immediate: u32) -> Instruction {
-    let registers = destination | (source << 4);
-    u64::from(operation) | (u64::from(registers) << 8) | (u64::from(offset as u16) << 16) | (u64::from(immediate) << 32)
-}
 
 /// The program. It keeps the kinds of access that no rule has decided yet, and asks the rules from the last to the first.
 fn compile(rules: &[Rule]) -> Vec<Instruction> {
@@ -147,68 +131,6 @@ fn compile(rules: &[Rule]) -> Vec<Instruction> {
     }
     program.extend([instruction(MOVE, 0, 0, 0, 0), instruction(EXIT, 0, 0, 0, 0)]);
     program
-}
-
-/// The head of bpf(2)'s argument for BPF_PROG_LOAD.
-#[repr(C)]
-#[derive(Default)]
-struct Load {
-    kind: u32,
-    instruction_count: u32,
-    instructions: u64,
-    license: u64,
-    log_level: u32,
-    log_size: u32,
-    log: u64,
-    kernel_version: u32,
-    flags: u32,
-}
-
-/// bpf(2)'s argument for BPF_PROG_ATTACH.
-#[repr(C)]
-struct Attach {
-    target: i32,
-    program: i32,
-    kind: u32,
-    flags: u32,
-}
-
-const BPF_PROG_LOAD: i32 = 5;
-const BPF_PROG_ATTACH: i32 = 8;
-const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
-const BPF_CGROUP_DEVICE: u32 = 6;
-
-fn load(program: &[Instruction]) -> io::Result<OwnedFd> {
-    let argument = Load {
-        kind: BPF_PROG_TYPE_CGROUP_DEVICE,
-        instruction_count: u32::try_from(program.len()).map_err(io::Error::other)?,
-        instructions: program.as_ptr() as u64,
-        license: c"Apache-2.0".as_ptr() as u64,
-        ..Default::default()
-    };
-    // SAFETY: `argument` and what it points to live throughout the call, and its length is passed.
-    let fd = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const argument, size_of::<Load>()) };
-    let fd = Errno::result(fd).map_err(unsupported)?;
-    // SAFETY: bpf just made this descriptor, and nothing else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
-}
-
-fn attach(program: &OwnedFd, cgroup: &File) -> io::Result<()> {
-    let argument =
-        Attach { target: cgroup.as_raw_fd(), program: program.as_raw_fd(), kind: BPF_CGROUP_DEVICE, flags: 0 };
-    // SAFETY: `argument` lives throughout the call, and its length is passed.
-    let done = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &raw const argument, size_of::<Attach>()) };
-    Errno::result(done).map(drop).map_err(unsupported)
-}
-
-fn unsupported(error: Errno) -> io::Error {
-    match error {
-        Errno::ENOSYS | Errno::EINVAL => {
-            let text = format!("the kernel lacks CONFIG_CGROUP_BPF or CONFIG_BPF_SYSCALL ({error})");
-            io::Error::new(io::ErrorKind::Unsupported, text)
-        }
-        error => error.into(),
-    }
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 //! A blocking conversation over one netlink socket, with the message types that libcontainer brings along anyway.
 
 mod interfaces;
+pub mod listeners;
 mod netlink;
 mod places;
 mod routes;
@@ -42,7 +43,7 @@ pub fn configure(request: &ConfigureNetworkRequest) -> Result<(), Error> {
 }
 
 /// An address of the request; none for no bytes.
-fn ip(bytes: &[u8]) -> Result<Option<IpAddr>, Error> {
+pub(crate) fn ip(bytes: &[u8]) -> Result<Option<IpAddr>, Error> {
     if bytes.is_empty() {
         return Ok(None);
     }

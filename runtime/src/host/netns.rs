@@ -63,6 +63,22 @@ pub fn network_setting(path: &str) -> io::Result<String> {
     Ok(std::fs::read_to_string(format!("/proc/sys/net/{path}"))?.trim().to_owned())
 }
 
+/// Changes a network setting of the calling thread's namespace, by its path under /proc/sys/net.
+///
+/// # Errors
+/// When there is no such setting, no /proc, or this process may not.
+pub fn set_network_setting(path: &str, value: &str) -> io::Result<()> {
+    std::fs::write(format!("/proc/sys/net/{path}"), value)
+}
+
+/// A table of the calling thread's network namespace, by its name in /proc/net (proc_net(5)).
+///
+/// # Errors
+/// When there is no such table, or no /proc.
+pub fn network_table(name: &str) -> io::Result<String> {
+    std::fs::read_to_string(format!("/proc/thread-self/net/{name}"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

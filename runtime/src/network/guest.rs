@@ -7,7 +7,7 @@ use katavm_devices::net::Net;
 use katavm_protocol::agent::ConfigureNetworkRequest;
 use katavm_vmm::Microvm;
 
-use super::{Interface, NetworkError, Plugged, Scan, Watch, device, plug, slot};
+use super::{Interface, NetworkError, Plugged, Scan, Watch, device, own, plug, slot};
 
 /// Interfaces that may come once the guest is built, beside those that are there then: a machine cannot be given
 /// devices, but what has no interface yet costs the guest nothing.
@@ -20,6 +20,8 @@ pub struct GuestNetwork {
     netns: OwnedFd,
     watch: Watch,
     ports: Vec<Port>,
+    /// The ports that the namespace's own connections were from, before they were told from the guest's.
+    own_ports: Option<String>,
 }
 
 /// A network device of the guest; its index is that of the virtual machine.
@@ -37,7 +39,7 @@ impl GuestNetwork {
         // Before the scan: nothing is missed after it.
         let watch = Watch::new(&netns)?;
         let scan = free(&netns)?;
-        let mut network = Self { netns, watch, ports: Vec::new() };
+        let mut network = Self { netns, watch, ports: Vec::new(), own_ports: None };
         let nets = network.fill(&scan)?;
         Ok((network, nets))
     }
@@ -52,6 +54,7 @@ impl GuestNetwork {
             net.attach(tap?).map_err(NetworkError::Socket)?;
             nets.push(net);
         }
+        self.share(scan);
         for _ in 0..SPARE {
             let net = slot()?;
             self.ports.push(Port { mac: net.mac(), plugged: None });
@@ -90,12 +93,34 @@ impl GuestNetwork {
                 ),
             }
         }
+        self.share(&scan);
         let pairs: Vec<_> = self.ports.iter().filter_map(Port::pair).collect();
         Ok(scan.request(&pairs))
     }
 
+    /// Has an engine's name server in the namespace hear the answers of those that it asks itself.
+    fn share(&mut self, scan: &Scan) {
+        if scan.name_servers.is_empty() {
+            return;
+        }
+        let own = self.own_ports.is_none().then(|| own::take_ports(&self.netns)).transpose();
+        let shared = own.and_then(|before| {
+            self.own_ports = self.own_ports.take().or(before);
+            self.ports.iter_mut().filter_map(|port| port.plugged.as_mut()).try_for_each(Plugged::share)
+        });
+        if let Err(error) = shared {
+            log::warn!("the engine's name server in the network namespace cannot ask others: {error}");
+        }
+    }
+
     fn is_plugged(&self, interface: &Interface) -> bool {
         self.ports.iter().any(|port| port.pair().is_some_and(|(index, _)| index == interface.index))
+    }
+
+    /// The namespace.
+    #[must_use]
+    pub fn netns(&self) -> BorrowedFd<'_> {
+        self.netns.as_fd()
     }
 
     /// Readable when an [`update`](Self::update) is due.
@@ -108,6 +133,11 @@ impl GuestNetwork {
 impl Drop for GuestNetwork {
     /// Makes the namespace what it was. The guest must have ended: a tap stays with its device.
     fn drop(&mut self) {
+        if let Some(before) = self.own_ports.take()
+            && let Err(error) = own::give_ports_back(&self.netns, &before)
+        {
+            log::warn!("{error}");
+        }
         for plugged in self.ports.drain(..).filter_map(|port| port.plugged) {
             if let Err(error) = plugged.unplug() {
                 log::warn!("{error}");

@@ -6,8 +6,11 @@
 //! [`GuestNetwork`] does all of that for one guest.
 
 mod guest;
+mod listen;
 mod model;
+mod names;
 mod netlink;
+mod own;
 mod plug;
 mod request;
 mod scan;
@@ -15,7 +18,9 @@ mod slot;
 mod watch;
 
 pub use guest::GuestNetwork;
+pub use listen::{Listening, listen_in};
 pub use model::{Address, Hop, Interface, Neighbour, Route, Rule, Scan};
+pub use names::{name_server, name_server_by_tcp};
 pub use plug::{Plugged, plug};
 pub use slot::{device, random_mac, slot};
 pub use watch::Watch;
@@ -42,6 +47,12 @@ pub enum NetworkError {
     /// A netlink socket or a thread's runtime.
     #[error("cannot speak to the kernel about the network: {0}")]
     Socket(#[source] io::Error),
+    /// Nobody answers.
+    #[error("cannot ask the name server: {0}")]
+    NameServer(#[source] io::Error),
+    /// The ports of the namespace's own connections.
+    #[error("cannot change net.ipv4.ip_local_port_range of the network namespace: {0}")]
+    Ports(#[source] io::Error),
     /// No tap.
     #[error("cannot make a tap interface (the module tun and CAP_NET_ADMIN are needed): {0}")]
     Tap(io::Error),

@@ -13,6 +13,8 @@ pub struct Scan {
     pub neighbours: Vec<Neighbour>,
     /// All but the three that every namespace has.
     pub rules: Vec<Rule>,
+    /// Loopback addresses at which an engine answers queries for names.
+    pub name_servers: Vec<Ipv4Addr>,
     /// There is the tap of a sandbox that lives.
     pub in_use: bool,
 }

@@ -12,6 +12,7 @@ use rtnetlink::{Handle, LinkUnspec};
 use super::NetworkError;
 use super::model::Interface;
 use super::netlink::{converse, errno, failed};
+use super::own;
 use crate::host::make_tap;
 
 /// The largest MTU that a tap takes.
@@ -32,7 +33,10 @@ pub struct Plugged {
     interface: u32,
     name: String,
     tap: OwnedFd,
+    tap_index: u32,
     redirection: Redirection,
+    /// The namespace has its own answers.
+    shared: bool,
 }
 
 /// What was added to the interface.
@@ -56,7 +60,7 @@ pub fn plug(netns: impl AsFd, interface: &Interface) -> Result<Plugged, NetworkE
     }
     let index = interface.index;
     let netns = netns.as_fd().try_clone_to_owned().map_err(NetworkError::Enter)?;
-    let (tap, redirection) = converse(&netns, async |handle| {
+    let (tap, tap_index, redirection) = converse(&netns, async |handle| {
         // Closing it on the way out takes it away again, with all that is on it.
         let (tap, tap_name) = make_tap(&format!("{TAP_PREFIX}%d")).map_err(NetworkError::Tap)?;
         let tap_index = index_of(&handle, &tap_name).await?;
@@ -64,9 +68,9 @@ pub fn plug(netns: impl AsFd, interface: &Interface) -> Result<Plugged, NetworkE
         handle.link().set(up).execute().await.map_err(failed(format!("set up {tap_name}")))?;
         redirect(&handle, tap_index, index, &name).await?;
         let redirection = redirect(&handle, index, tap_index, &name).await?;
-        Ok((tap, redirection))
+        Ok((tap, tap_index, redirection))
     })?;
-    Ok(Plugged { netns, interface: index, name, tap, redirection })
+    Ok(Plugged { netns, interface: index, name, tap, tap_index, redirection, shared: false })
 }
 
 impl Plugged {
@@ -85,13 +89,34 @@ impl Plugged {
         Tap::new(self.tap.try_clone().map_err(TapError::SetUp)?)
     }
 
+    /// Leaves to the namespace from now on what answers its own questions: see [`own`].
+    ///
+    /// # Errors
+    /// When the kernel refuses the filters; what the guest gets is the same then.
+    pub fn share(&mut self) -> Result<(), NetworkError> {
+        if self.shared {
+            return Ok(());
+        }
+        let (index, tap) = (number(self.interface), self.tap_index);
+        converse(&self.netns, async |handle| {
+            let added = own::add(&handle, index, tap).await;
+            if added.is_err() {
+                // The error is the one before.
+                let _ = remove_own(&handle, self.interface).await;
+            }
+            added.map_err(failed(format!("share {} (cls_u32, act_mirred)", self.name)))
+        })?;
+        self.shared = true;
+        Ok(())
+    }
+
     /// Makes the namespace what it was: the redirection goes, and with its last descriptor the tap. Detach the
     /// guest's device before. A namespace or an interface that is gone already is no error.
     ///
     /// # Errors
     /// Any other [`NetworkError`].
     pub fn unplug(self) -> Result<(), NetworkError> {
-        let Self { netns, interface, name, tap, redirection } = self;
+        let Self { netns, interface, name, tap, redirection, .. } = self;
         converse(&netns, async |handle| {
             drop(tap);
             let removed = match redirection {
@@ -141,15 +166,16 @@ async fn redirect(handle: &Handle, from: u32, to: u32, name: &str) -> Result<Red
 async fn take_over(handle: &Handle, index: u32, name: &str) -> Result<Redirection, NetworkError> {
     let listed = handle.traffic_filter(number(index)).get().ingress().execute().try_collect::<Vec<_>>().await;
     let filters = listed.map_err(failed(format!("list the filters of {name}")))?;
-    let ours = filters.iter().filter(|filter| priority(filter) == PRIORITY).count();
+    let ours = filters.iter().filter(|filter| is_ours(filter)).count();
     if ours > 0 {
         remove_filter(handle, index).await.map_err(failed(format!("take an old redirection off {name}")))?;
     }
     Ok(if ours > 0 && ours == filters.len() { Redirection::Qdisc } else { Redirection::Filter })
 }
 
-fn priority(filter: &TcMessage) -> u16 {
-    (filter.header.info >> 16) as u16
+fn is_ours(filter: &TcMessage) -> bool {
+    let priority = (filter.header.info >> 16) as u16;
+    priority == PRIORITY || own::PLACES.iter().any(|(own, _)| *own == priority)
 }
 
 async fn remove_qdisc(handle: &Handle, index: u32) -> Result<(), rtnetlink::Error> {
@@ -161,11 +187,26 @@ async fn remove_qdisc(handle: &Handle, index: u32) -> Result<(), rtnetlink::Erro
     request.execute().await
 }
 
-/// All filters of our priority.
+/// All of our filters.
 async fn remove_filter(handle: &Handle, index: u32) -> Result<(), rtnetlink::Error> {
+    remove_own(handle, index).await?;
+    remove_at(handle, index, PRIORITY, ALL_PROTOCOLS).await
+}
+
+async fn remove_own(handle: &Handle, index: u32) -> Result<(), rtnetlink::Error> {
+    for (priority, protocol) in own::PLACES {
+        match remove_at(handle, index, priority, protocol.to_be()).await {
+            Err(error) if !own::are_missing(&error) => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+async fn remove_at(handle: &Handle, index: u32, priority: u16, protocol: u16) -> Result<(), rtnetlink::Error> {
     let mut message = TcMessage::with_index(number(index));
     message.header.parent = INGRESS;
-    message.header.info = u32::from(PRIORITY) << 16 | u32::from(ALL_PROTOCOLS);
+    message.header.info = u32::from(priority) << 16 | u32::from(protocol);
     let mut request = NetlinkMessage::from(RouteNetlinkMessage::DelTrafficFilter(message));
     request.header.flags = NLM_F_REQUEST | NLM_F_ACK;
     let mut handle = handle.clone();

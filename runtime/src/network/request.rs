@@ -19,6 +19,7 @@ impl Scan {
             routes: self.routes.iter().filter_map(|route| route_over(route, name)).collect(),
             neighbours: self.neighbours.iter().filter_map(|own| neighbour(own, name)).collect(),
             rules: self.rules.iter().map(rule).collect(),
+            name_servers: self.name_servers.iter().map(|ip| ip.octets().to_vec()).collect(),
             ..Default::default()
         }
     }

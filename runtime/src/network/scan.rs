@@ -70,7 +70,7 @@ async fn read(handle: &Handle) -> Result<Scan, NetworkError> {
         let messages = handle.rule().get(version).execute().try_collect::<Vec<_>>().await;
         rules.extend(messages.map_err(failed("list the routing rules"))?.iter().filter_map(rule));
     }
-    Ok(Scan { interfaces, routes, neighbours, rules, in_use: !taps.is_empty() })
+    Ok(Scan { interfaces, routes, neighbours, rules, name_servers: super::names::here(), in_use: !taps.is_empty() })
 }
 
 fn v6_dump() -> RouteMessage {

@@ -1,7 +1,9 @@
 //! A pod: the containers that share one sandbox, and what is done to them while the sandbox lives.
 
 mod container;
+mod forward;
 mod io;
+mod names;
 mod network;
 mod process;
 mod streams;
@@ -161,11 +163,14 @@ impl Pod {
         }
     }
 
-    /// Does so whenever something has changed; returns only when it cannot hear of that any more.
+    /// Does so whenever something has changed, and forwards what is connected to from within the namespace; returns only
+    /// when it cannot hear of changes any more.
     pub async fn follow_network(&self) -> PodError {
-        match &self.network {
-            Some(network) => NetworkError::Socket(network.follow(&self.agent).await).into(),
-            None => std::future::pending().await,
+        let Some(network) = &self.network else { return std::future::pending().await };
+        tokio::select! {
+            error = network.follow(&self.agent) => NetworkError::Socket(error).into(),
+            never = network.forward(self.sandbox.dialler()) => match never {},
+            never = network.resolve(self.sandbox.dialler()) => match never {},
         }
     }
 

@@ -1,6 +1,8 @@
 //! A pod's network, kept in step with the network namespace that it has on the host.
 
+use std::convert::Infallible;
 use std::io;
+use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -9,10 +11,14 @@ use katavm_protocol::agent::ConfigureNetworkRequest;
 use katavm_vmm::Microvm;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::sync::watch;
 
 use super::PodError;
+use super::forward::{self, ForwardError};
+use super::names;
 use crate::network::{GuestNetwork, NetworkError};
 use crate::sandbox::agent::Agent;
+use crate::sandbox::vm::Dial;
 
 /// How long news are gathered: a network plugin makes an interface, its addresses and its routes one after the other.
 const GATHERED: Duration = Duration::from_millis(50);
@@ -24,7 +30,10 @@ pub struct Network {
     guest: Arc<Mutex<Option<GuestNetwork>>>,
     /// What the agent knows; held throughout an update, so that they follow each other.
     told: tokio::sync::Mutex<ConfigureNetworkRequest>,
+    /// Name servers in the namespace, as the agent knows them.
+    name_servers: watch::Sender<Vec<Ipv4Addr>>,
     news: OwnedFd,
+    netns: OwnedFd,
 }
 
 impl Network {
@@ -34,7 +43,15 @@ impl Network {
     /// When no descriptors are left.
     pub fn new(machine: Arc<Microvm>, guest: GuestNetwork) -> Result<Self, NetworkError> {
         let news = guest.news().try_clone_to_owned().map_err(NetworkError::Socket)?;
-        Ok(Self { machine, guest: Arc::new(Mutex::new(Some(guest))), told: Default::default(), news })
+        let netns = guest.netns().try_clone_to_owned().map_err(NetworkError::Socket)?;
+        Ok(Self {
+            machine,
+            guest: Arc::new(Mutex::new(Some(guest))),
+            told: Default::default(),
+            name_servers: Default::default(),
+            news,
+            netns,
+        })
     }
 
     /// Plugs what has come to the namespace and unplugs what has gone, and tells the agent what has changed.
@@ -46,6 +63,8 @@ impl Network {
         let request = updated.await.map_err(|error| NetworkError::Socket(io::Error::other(error)))??;
         if let Some(request) = request.filter(|request| *request != *told) {
             agent.configure_network(&request).await?;
+            let servers = request.name_servers.iter().filter_map(|ip| <[u8; 4]>::try_from(ip.as_slice()).ok());
+            self.name_servers.send_replace(servers.map(Ipv4Addr::from).collect());
             *told = request;
         }
         Ok(())
@@ -64,8 +83,33 @@ impl Network {
                 }
             }
         };
-        let Err::<std::convert::Infallible, io::Error>(error) = heard.await;
+        let Err::<Infallible, io::Error>(error) = heard.await;
         error
+    }
+
+    /// Forwards connections that are made in the namespace to the guest, for as long as this is awaited.
+    pub(super) async fn forward(&self, dial: Arc<dyn Dial>) -> Infallible {
+        match self.netns.try_clone() {
+            Ok(netns) => match forward::serve(netns, dial).await {
+                // The end of the guest is others' to tell.
+                error @ ForwardError::Ended(_) => log::debug!("{error}"),
+                error => log::warn!("what connects to the guest from inside its network namespace is refused: {error}"),
+            },
+            Err(error) => {
+                log::warn!("what connects to the guest from inside its network namespace is refused: {error}")
+            }
+        }
+        std::future::pending().await
+    }
+
+    /// Has name servers in the namespace asked for the guest, for as long as this is awaited.
+    pub(super) async fn resolve(&self, dial: Arc<dyn Dial>) -> Infallible {
+        let error = match self.netns.try_clone() {
+            Ok(netns) => names::serve(netns, self.name_servers.subscribe(), dial).await,
+            Err(error) => error,
+        };
+        log::debug!("the guest's queries for names are answered no more: {error}");
+        std::future::pending().await
     }
 
     /// Makes the namespace what it was; the guest has ended.

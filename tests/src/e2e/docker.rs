@@ -1,5 +1,6 @@
 //! Docker with katavm as its runtime.
 
+use std::fs;
 use std::path::Path;
 
 use anyhow::Result;
@@ -80,8 +81,23 @@ fn containers(context: &Context) -> Result<Verdict> {
     Ok(Verdict::Passed)
 }
 
+/// A name server for which every name has one IPv4 address.
+const NAMES: &str = r#"
+import socket, sys
+server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+server.bind((sys.argv[1], 53))
+while True:
+    query, client = server.recvfrom(512)
+    end = query.index(b"\0", 12) + 5
+    address = query[end - 4:end - 2] == b"\0\1"
+    answer = b"\xc0\x0c\0\1\0\1\0\0\0\x3c\0\4" + bytes([192, 0, 2, 7]) if address else b""
+    head = query[:2] + b"\x81\x80\0\1\0" + bytes([address]) + b"\0\0\0\0"
+    server.sendto(head + query[12:end] + answer, client)
+"#;
+
 /// Interfaces come between create and start, and to a container that runs.
 fn networks(context: &Context) -> Result<Verdict> {
+    fs::write(context.scratch().join("names.py"), NAMES)?;
     let traces = Traces::of(Path::new("/nonexistent"));
     let output = docker(
         context,
@@ -90,8 +106,14 @@ fn networks(context: &Context) -> Result<Verdict> {
          until curl -fsS -o page -m 20 http://127.0.0.1:8080/ 2>err; do sleep 1; done; cat page
          docker network create n1 >p; docker network create n2 >p
          run -d --name named --network n1 bb sh -c \"$serve\" >id
-         ip=$(docker inspect -f '{{.NetworkSettings.Networks.n1.IPAddress}}' named)
-         run --rm --network n1 bb sh -c \"until wget -qO- http://$ip/; do sleep 1; done\"
+         run --rm --network n1 bb sh -c 'until wget -qO- http://named/; do sleep 1; done'
+         # A server of the container may have the name server's port, as it may under other runtimes.
+         docker exec named sh -c 'nc -ll -p 53 -e cat & sleep 1; echo mine | nc 127.0.0.1 53'
+         nsenter -t $(docker inspect -f '{{.State.Pid}}' named) -n curl -fsS http://127.0.0.1/
+         # Names that Docker does not know it asks others for, from within the namespace.
+         ip addr add 10.98.0.1/32 dev lo; timeout 200 python3 names.py 10.98.0.1 & names=$!
+         run --rm --network n1 --dns 10.98.0.1 bb nslookup -type=a outside.example | grep -o 192.0.2.7 | head -n 1
+         kill $names; ip addr del 10.98.0.1/32 dev lo
          interfaces() { docker exec named sh -c 'cd /sys/class/net; echo *'; }
          wait_for() { until [ \"$(interfaces)\" = \"$1\" ]; do sleep 1; done; interfaces; }
          docker network connect n2 named; wait_for 'eth0 eth1 lo'
@@ -102,7 +124,7 @@ fn networks(context: &Context) -> Result<Verdict> {
     )?;
     let page = "hello from the guest";
     let host = "the host's network: a guest cannot share it";
-    expect(&output, &[page, page, "eth0 eth1 lo", "1", "eth0 lo", "lo", host])?;
+    expect(&output, &[page, page, "mine", page, "192.0.2.7", "eth0 eth1 lo", "1", "eth0 lo", "lo", host])?;
     traces.expect_nothing_of_katavm()?;
     Ok(Verdict::Passed)
 }

@@ -12,14 +12,24 @@ use anyhow::{Context as _, Result, ensure};
 use katavm_devices::net::{Net, NetConfig, Offloads};
 use katavm_runtime::network::{Interface, Plugged, Scan, Watch, plug, slot};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use serde_json::json;
 
 use super::agent::rootfs;
+use super::leftovers::Traces;
 use super::rebuild;
+use super::run::bundle;
+use super::shell::{expect, script};
 use super::{Context, Guest, Row, Verdict};
 
 /// The table.
-pub const CASES: (&str, &[Row]) =
-    ("network", &[("a_namespace_becomes_the_guests_network", whole_network), ("an_interface_may_come_late", late)]);
+pub const CASES: (&str, &[Row]) = (
+    "network",
+    &[
+        ("a_namespace_becomes_the_guests_network", whole_network),
+        ("an_interface_may_come_late", late),
+        ("connections_made_in_the_namespace_reach_the_guest", from_within),
+    ],
+);
 
 /// Where the namespace is mounted by `ip netns`.
 const PLACE: &str = "/run/netns/katavm-e2e";
@@ -304,5 +314,53 @@ fn late(context: &Context) -> Result<Verdict> {
     ensure!(text.matches("2 packets received, 0% packet loss").count() == 2, "{text}");
     ensure!(guest.vm.exits() > 100, "KVM counted {} exits: no guest ran", guest.vm.exits());
     guest.end()?;
+    Ok(Verdict::Passed)
+}
+
+/// As rootless Podman's and containerd's helpers do it: they enter the namespace and connect to the loopback there.
+fn from_within(context: &Context) -> Result<Verdict> {
+    let namespace = Namespace::new()?;
+    namespace.connect()?;
+    let servers = "echo hello from the guest >/tmp/index.html; httpd -p 80 -h /tmp; httpd -p 127.0.0.1:81 -h /tmp
+        nc -ll -p 82 -e cat & exec sleep 1000";
+    bundle(context, &["sh", "-c", servers], |config| {
+        config["linux"]["namespaces"][4]["path"] = json!(PLACE);
+        for set in ["bounding", "effective", "permitted"] {
+            let held = config["process"]["capabilities"][set].as_array_mut();
+            held.into_iter().for_each(|held| held.push(json!("CAP_NET_BIND_SERVICE")));
+        }
+    })?;
+    super::agent::whole_rootfs(context)?;
+    std::fs::create_dir_all(context.scratch().join("rootfs/tmp"))?;
+    let traces = Traces::of(context.scratch());
+    let output = script(
+        context,
+        "inside() { nsenter --net=/run/netns/katavm-e2e \"$@\"; }
+         get() { inside curl -fsS -m 60 \"$1\" || echo none at $1; }
+         katavm run -d c1 </dev/null >out 2>&1
+         until inside nc -z 127.0.0.1 82; do sleep 1; done
+         get http://127.0.0.1/; get 'http://[::1]/'; get http://10.77.0.2/; get 'http://[fd77::2]/'; get http://127.0.0.1:81/
+         for closed in 10.77.0.2:81 [::1]:81 127.0.0.1:83; do
+             inside curl -sS -m 60 http://$closed/ 2>/dev/null || echo closed $?
+         done
+         # Each direction ends by itself, and nothing is lost.
+         head -c 3000000 /dev/urandom >blob; inside nc -N 127.0.0.1 82 <blob | cmp - blob && echo whole
+         for i in $(seq 40); do inside curl -fsS -m 100 http://127.0.0.1/ >>pages & done; wait; wc -l <pages
+         katavm exec c1 sh -c 'nc -l -p 84 >/dev/null & sleep 1; nc -l -p 53 >/dev/null &'
+         until inside nc -z 127.0.0.1 53; do sleep 0.2; done; echo late
+         katavm exec c1 killall httpd; while inside nc -z 127.0.0.1 80; do sleep 0.2; done; echo gone
+         # A connection that is open when the sandbox ends is reset.
+         inside python3 -c 'import socket
+s = socket.create_connection((\"127.0.0.1\", 82)); print(\"open\", flush=True)
+try: print(s.recv(1))
+except ConnectionResetError: print(\"reset\")' >client & client=$!
+         until grep -q open client; do sleep 0.2; done
+         katavm delete --force c1; wait $client; tail -n 1 client; inside ss -Htln | wc -l",
+    )?;
+    let page = "hello from the guest";
+    let lines =
+        [page, page, page, page, page, "closed 7", "closed 7", "closed 7", "whole", "40", "late", "gone", "reset", "0"];
+    expect(&output, &lines)?;
+    traces.expect_nothing_new()?;
     Ok(Verdict::Passed)
 }

@@ -45,6 +45,12 @@ podman run -d --name web --network bridge bb sh -c \"$serve\" >id
 ip=$(podman inspect web --format '{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}')
 podman unshare --rootless-netns timeout 90 sh -c \"until curl -fsS -o page -m 20 http://$ip/; do sleep 1; done\" 2>err; cat page
 podman exec web sh -c 'hostname >/dev/null; echo in exec; exit 4' || echo code $?
+# By the helpers of both kinds of networks: rootlessport, and pasta.
+for network in bridge pasta; do
+    podman run -d --name $network --network $network -p 8099:80 bb sh -c \"$serve\" >id
+    timeout 90 sh -c \"until curl -fsS -m 20 http://127.0.0.1:8099/ 2>err; do sleep 1; done\"
+    podman rm -f -t 0 $network >id
+done
 podman stop -t 60 web; podman wait web; podman rm web; podman ps -aq
 END
          ./as-user bash -eu ../tried
@@ -79,6 +85,8 @@ END
         "hello",
         "in exec",
         "code 4",
+        "hello",
+        "hello",
         "web",
         "3",
         "web",
