@@ -8,12 +8,29 @@ use super::leftovers::Traces;
 use super::shell::{expect, script};
 use super::{Context, Row, Table, Verdict};
 
-/// With Debian 12's.
-pub const BEFORE: Table = ("containerd-1.6", &rows::<0>());
-/// With Debian 13's.
+/// With Debian 12's what may differ with the version.
+pub const BEFORE: Table = (
+    "containerd-1.6",
+    &[
+        ("runs_and_looks_after_a_container", container::<0>),
+        ("tells_each_event_once_and_in_order", events::<0>),
+        ("containerd_may_be_killed_and_start_again", killed_containerd::<0>),
+    ],
+);
+/// With Debian 13's everything.
 pub const OWN: Table = ("containerd-1.7", &rows::<1>());
-/// With Debian 14's.
-pub const AFTER: Table = ("containerd-2", &rows::<2>());
+/// With Debian 14's what may differ with the version.
+pub const AFTER: Table = (
+    "containerd-2",
+    &[
+        ("takes_the_root_file_system_of_each_snapshotter", snapshotters::<2>),
+        ("tells_each_event_once_and_in_order", events::<2>),
+        ("a_pod_is_one_sandbox", pod::<2>),
+        ("agrees_on_the_task_api_and_learns_what_the_runtime_can_do", agreement::<2>),
+    ],
+);
+/// Everything with the others, too.
+pub const LONG: [Table; 2] = [("containerd-1.6-all", &rows::<0>()), ("containerd-2-all", &rows::<2>())];
 
 /// A version of containerd in the lab.
 struct Version {

@@ -94,7 +94,7 @@ pub fn cases(boot: Boot, long: bool) -> Vec<Case> {
             &[FIRST, &[failing::LONG, hostile::LONG, survive::LONG], &run::LONG_TABLES, &run::TABLES, LAST]
         }
         Boot::Plain => &[FIRST, &run::TABLES, LAST],
-        Boot::Engines if long => &[&[shim::LONG], ENGINES],
+        Boot::Engines if long => &[&[shim::LONG], &containerd::LONG, ENGINES],
         Boot::Engines => &[ENGINES],
         Boot::Systemd => &[&[systemd::CASES]],
     };
