@@ -8,6 +8,7 @@ mod beside;
 mod boot;
 mod containerd;
 mod context;
+mod cri;
 mod crio;
 mod docker;
 mod failing;
@@ -101,7 +102,7 @@ const FIRST: &[Table] = &[boot::CASES, agent::CASES, snapshot::CASES, network::C
 const LAST: &[Table] =
     &[oci::CASES, limits::CASES, idmap::CASES, failing::CASES, hostile::CASES, survive::CASES, user::CASES];
 const ENGINES: &[Table] =
-    &[podman::CASES, rootless::CASES, docker::CASES, containerd::CASES, crio::CASES, beside::CASES];
+    &[podman::CASES, rootless::CASES, docker::CASES, containerd::CASES, cri::CASES, crio::CASES, beside::CASES];
 
 fn rows((group, rows): &'static Table) -> impl Iterator<Item = Case> {
     rows.iter().map(move |(name, check)| Case { group, name, check: *check })
