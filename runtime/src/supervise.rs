@@ -219,6 +219,8 @@ impl Work<'_> {
                 id: self.launch.id.to_string(),
                 spec: self.launch.plan.guest_spec.clone(),
                 exports: self.launch.plan.exports.clone(),
+                tmpfs: self.launch.plan.tmpfs.clone(),
+                replaced: self.launch.plan.replaced.clone(),
                 io: outside.io,
                 link: Some(Link::new(outside.stand_in.link).map_err(stand_in)?),
                 journal: outside.journal,

@@ -5,6 +5,7 @@ mod io;
 mod network;
 mod process;
 mod streams;
+mod volumes;
 mod watch;
 
 use std::collections::BTreeMap;
@@ -14,7 +15,7 @@ use std::time::Duration;
 
 use katavm_devices::fs::FsShare;
 use katavm_protocol::agent::event::What;
-use katavm_protocol::agent::{CreateContainerRequest, CreateExecRequest, Ready, StatsResponse};
+use katavm_protocol::agent::{CreateContainerRequest, CreateExecRequest, Ready, StatsResponse, Tmpfs};
 use oci_spec::runtime::LinuxResources;
 use tokio::sync::watch::Sender;
 
@@ -24,14 +25,16 @@ use crate::link::Link;
 use crate::network::NetworkError;
 use crate::process::terminal::TerminalError;
 use crate::sandbox::agent::{Agent, AgentError, GuestProcess};
-use crate::sandbox::plan::Export;
-use crate::sandbox::share::{Exports, ShareError};
+use crate::sandbox::plan::{Export, Replaced};
+use crate::sandbox::share::{Share, ShareError, with_sources};
 use crate::sandbox::{Sandbox, SandboxError};
 use crate::state::{Journal, Status};
 pub use container::Container;
+use container::Seen;
 pub use io::Io;
 pub use network::Network;
 pub use process::{Phase, Process};
+use volumes::Volumes;
 pub use watch::{News, Watched};
 
 /// Why something was not done to a container.
@@ -99,6 +102,10 @@ pub struct NewContainer {
     pub spec: Vec<u8>,
     /// What of the host it sees.
     pub exports: Vec<Export>,
+    /// What file systems of the guest's memory it sees.
+    pub tmpfs: Vec<Tmpfs>,
+    /// Of which volumes it sees copies.
+    pub replaced: Vec<Replaced>,
     /// The streams of its first process.
     pub io: Io,
     /// To its stand-in.
@@ -117,7 +124,9 @@ pub struct Pod {
     /// Nothing for an ordinary user's, whose guest has the loopback only.
     network: Option<Network>,
     /// What of the host the guest sees.
-    share: FsShare,
+    share: Share,
+    /// What of the host was copied to the guest.
+    volumes: Volumes,
     containers: Mutex<BTreeMap<String, Arc<Container>>>,
     /// How many containers have a first process that has not ended; changes when one is made or ends.
     alive: Sender<usize>,
@@ -142,8 +151,9 @@ impl Pod {
         let (agent, ready) = sandbox.prepare(ready, hostname).await?;
         let (containers, alive, watchers) = (Mutex::default(), Sender::new(0), Sender::new(0));
         let followed = AtomicBool::new(false);
-        let sandbox = Arc::clone(sandbox);
-        let pod = Self { sandbox, agent, network, share, containers, alive, watchers, followed };
+        let (sandbox, share) = (Arc::clone(sandbox), Share::over(share));
+        let volumes = Volumes::new(agent.clone());
+        let pod = Self { sandbox, agent, network, share, volumes, containers, alive, watchers, followed };
         pod.update_network().await?;
         Ok((Arc::new(pod), ready))
     }
@@ -176,18 +186,25 @@ impl Pod {
     /// # Errors
     /// Any [`PodError`]; nothing is left of it then.
     pub async fn create(self: &Arc<Self>, new: NewContainer) -> Result<Arc<Process>, PodError> {
-        let NewContainer { id, spec, exports, io, link, journal, cgroup } = new;
+        let NewContainer { id, spec, exports, tmpfs, replaced, io, link, journal, cgroup } = new;
         if self.containers().contains_key(&id) {
             return Err(PodError::Exists(format!("container {id}")));
         }
-        let shared = Exports::add(&self.share, &exports)?;
+        let seen = Seen { exports: self.share.add(&exports)?, copies: self.volumes.add(&replaced).await? };
+        let spec = with_sources(spec, seen.exports.sources().chain(seen.copies.sources()))
+            .map_err(|error| PodError::State(format!("the configuration: {error}")))?;
         let request = CreateContainerRequest {
             container_id: id.clone(),
             spec,
+            tmpfs,
             stdio: Some(io.wanted()).into(),
             ..Default::default()
         };
-        self.agent.create_container(&request).await?;
+        if let Err(error) = self.agent.create_container(&request).await {
+            // What was shared with it and copied for it is there still.
+            drop(self.agent.remove_container(&seen.release(&id)).await);
+            return Err(error.into());
+        }
         let connected = async {
             let process = Process::connect(&self.sandbox, &self.agent, &id, "", io, link).await?;
             process.settle_stand_in().await?;
@@ -197,11 +214,11 @@ impl Pod {
             Ok(process) => process,
             Err(error) => {
                 // Its making failed in the middle; why is in `error`.
-                drop(self.agent.remove_container(&id).await);
+                drop(self.agent.remove_container(&seen.release(&id)).await);
                 return Err(error);
             }
         };
-        let container = Arc::new(Container::new(id.clone(), Arc::clone(&process), shared, journal, cgroup));
+        let container = Arc::new(Container::new(id.clone(), Arc::clone(&process), seen, journal, cgroup));
         self.containers().insert(id, Arc::clone(&container));
         self.alive.send_modify(|alive| *alive += 1);
         let pod = Arc::clone(self);
@@ -383,7 +400,7 @@ impl Pod {
         }
         // With the sandbox everything of it in the guest has gone.
         if !self.sandbox.has_ended() {
-            self.agent.remove_container(container_id).await?;
+            self.agent.remove_container(&container.removal()).await?;
         }
         container.forget();
         self.containers().remove(container_id);
