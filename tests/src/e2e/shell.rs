@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use super::Context;
 
 /// Seconds that a script may take, emulated and on a busy machine.
-const LIMIT: &str = "240";
+const LIMIT: &str = "600";
 
 /// Runs a script of bash with `set -u` in the case's folder, and gives its standard output; its end must be good.
 pub fn script(context: &Context, text: &str) -> Result<String> {
