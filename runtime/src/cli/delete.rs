@@ -78,8 +78,7 @@ fn remove(root: &StateRoot, found: &Found) -> anyhow::Result<()> {
 /// Waits for the end of the sandbox process, which goes on while there are other containers in the sandbox.
 fn is_over(root: &StateRoot, found: &Found) -> anyhow::Result<bool> {
     let lives = || root.find(&found.record.id).is_ok_and(|found| found.alive);
-    let shares = |other: &Found| other.alive && other.record.sandbox_pid == found.record.sandbox_pid;
-    if !lives() && root.list()?.iter().any(shares) {
+    if !lives() && root.has_peers(found)? {
         return Ok(true);
     }
     Ok(host::wait_for_end(found.record.sandbox_pid, PATIENCE)? || !lives())

@@ -159,7 +159,8 @@ async fn told(stream: &mut UnixStream) -> io::Result<Listeners> {
     frame::receive(stream).await
 }
 
-async fn dialled(dial: Arc<dyn Dial>, port: u32, patience: Duration) -> io::Result<UnixStream> {
+/// A connection to a port of the guest.
+pub(super) async fn dialled(dial: Arc<dyn Dial>, port: u32, patience: Duration) -> io::Result<UnixStream> {
     let stream = blocking(move || dial.dial(port, patience)).await?;
     stream.set_nonblocking(true)?;
     UnixStream::from_std(stream)

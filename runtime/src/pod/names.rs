@@ -13,11 +13,12 @@ use katavm_protocol::names::LONGEST;
 use katavm_protocol::{frame, ports};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::{ReadHalf, WriteHalf};
-use tokio::net::{TcpStream, UdpSocket, UnixStream};
+use tokio::net::{TcpStream, UdpSocket};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
+use super::forward::dialled;
 use crate::network::{name_server, name_server_by_tcp};
 use crate::sandbox::vm::Dial;
 use crate::sandbox::{DIAL_PATIENCE, blocking};
@@ -35,12 +36,7 @@ pub async fn serve(netns: OwnedFd, mut servers: Servers, dial: Arc<dyn Dial>) ->
     if servers.wait_for(|servers| !servers.is_empty()).await.is_err() {
         return io::ErrorKind::BrokenPipe.into();
     }
-    let connected = async {
-        let stream = blocking(move || dial.dial(ports::NAMES, DIAL_PATIENCE)).await?;
-        stream.set_nonblocking(true)?;
-        UnixStream::from_std(stream)
-    };
-    match connected.await {
+    match dialled(dial, ports::NAMES, DIAL_PATIENCE).await {
         Ok(mut stream) => {
             let (from, to) = stream.split();
             let (answers, answered) = mpsc::channel(MOST);

@@ -100,9 +100,7 @@ async fn end_by_server(address: &Address, id: &str) -> anyhow::Result<()> {
 fn end(root: &StateRoot, found: &Found) -> anyhow::Result<()> {
     let (id, record) = (&found.record.id, &found.record);
     if root.find(id).is_ok_and(|found| found.alive) {
-        let shares =
-            |other: &Found| other.alive && other.record.id != *id && other.record.sandbox_pid == record.sandbox_pid;
-        if root.list()?.iter().any(shares) {
+        if root.has_peers(found)? {
             bail!("container {id} cannot be ended: its sandbox process {} does not answer", record.sandbox_pid);
         }
         log::warn!("the sandbox process of {id} does not end: killed");

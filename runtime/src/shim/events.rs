@@ -48,11 +48,10 @@ impl Events {
 
     /// Puts one in the queue.
     pub fn publish<E: MessageFull>(&self, topic: &str, event: &E) {
-        let mut packed = match Any::pack(event) {
+        let packed = match packed(event) {
             Ok(any) => any,
             Err(error) => return log::error!("event {topic}: {error}"),
         };
-        bare(&mut packed);
         let envelope = Envelope {
             timestamp: timestamp(host::now_ns()),
             namespace: self.namespace.clone(),
@@ -72,9 +71,14 @@ impl Events {
     }
 }
 
-/// Names a packed message as containerd does, which knows its types by their bare names.
-pub fn bare(packed: &mut Any) {
+/// Packs a message as containerd does, which knows its types by their bare names.
+///
+/// # Errors
+/// That it cannot be encoded.
+pub fn packed<M: MessageFull>(message: &M) -> protobuf::Result<Any> {
+    let mut packed = Any::pack(message)?;
     packed.type_url = packed.type_url.trim_start_matches("type.googleapis.com/").into();
+    Ok(packed)
 }
 
 async fn deliver(address: Option<String>, mut events: mpsc::UnboundedReceiver<Queued>) {

@@ -14,13 +14,12 @@ use containerd_shim_protos::events::task::{TaskPaused, TaskResumed};
 use containerd_shim_protos::shim_async::Task;
 use containerd_shim_protos::topics;
 use protobuf::MessageField;
-use protobuf::well_known_types::any::Any;
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::{Code, get_status};
 
 use super::address::OwnSocket;
 use super::containers::{Containers, Served};
-use super::events::bare;
+use super::events::packed;
 use crate::host;
 use crate::pod::{Phase, PodError};
 use crate::service::{metrics, refusal, to_its_end};
@@ -158,10 +157,8 @@ impl Task for ShimService {
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
         let stats = self.served(&request.id)?.pod.stats(&request.id).await.map_err(refusal)?;
         // containerd's clients take the form that the host has.
-        let packed =
-            if host::has_cgroup_v2() { Any::pack(&metrics::v2(&stats)) } else { Any::pack(&metrics::v1(&stats)) };
-        let mut packed = packed.map_err(|error| ttrpc::Error::Others(error.to_string()))?;
-        bare(&mut packed);
+        let packed = if host::has_cgroup_v2() { packed(&metrics::v2(&stats)) } else { packed(&metrics::v1(&stats)) };
+        let packed = packed.map_err(|error| ttrpc::Error::Others(error.to_string()))?;
         Ok(StatsResponse { stats: MessageField::some(packed), ..Default::default() })
     }
 

@@ -140,6 +140,17 @@ impl StateRoot {
         Ok(ids.iter().filter_map(|id| self.find(id).ok()).collect())
     }
 
+    /// Whether other containers live in the sandbox of this one.
+    ///
+    /// # Errors
+    /// When the root cannot be read.
+    pub fn has_peers(&self, of: &Found) -> Result<bool, StateError> {
+        let is_peer = |other: &Found| {
+            other.alive && other.record.id != of.record.id && other.record.sandbox_pid == of.record.sandbox_pid
+        };
+        Ok(self.list()?.iter().any(is_peer))
+    }
+
     /// Waits for the end of the sandbox process of a container, and removes what is kept of it. Not there: no error.
     ///
     /// # Errors

@@ -18,12 +18,11 @@ use containerd_shim_protos::sandbox_api::{
 };
 use containerd_shim_protos::sandbox_async::Sandbox;
 use protobuf::MessageField;
-use protobuf::well_known_types::any::Any;
 use tokio::sync::watch;
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::{Code, get_status};
 
-use super::events::bare;
+use super::events::packed;
 use super::server::{Ended, First};
 use super::service::ShimService;
 use crate::host;
@@ -215,8 +214,7 @@ impl Sandbox for SandboxService {
         for stats in self.tasks.containers().stats_of_all().await {
             add(&mut total, &stats);
         }
-        let mut packed = Any::pack(&total).map_err(|e| ttrpc::Error::Others(e.to_string()))?;
-        bare(&mut packed);
+        let packed = packed(&total).map_err(|e| ttrpc::Error::Others(e.to_string()))?;
         let mut response = SandboxMetricsResponse::new();
         let metric = response.metrics.mut_or_insert_default();
         metric.id = request.sandbox_id;
