@@ -9,6 +9,7 @@ mod boot;
 mod bootstrap;
 mod containerd;
 mod context;
+mod cri;
 mod crio;
 mod docker;
 mod failing;
@@ -114,6 +115,7 @@ const ENGINES: &[Table] = &[
     containerd::OWN,
     containerd::AFTER,
     shim::CASES,
+    cri::CASES,
     crio::CASES,
     beside::CASES,
 ];
