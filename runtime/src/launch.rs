@@ -9,6 +9,7 @@ use oci_spec::runtime::{LinuxMemory, LinuxNamespace, LinuxNamespaceType, LinuxRe
 use rustix::process::{Pid, geteuid};
 
 use crate::config::{Bundle, ConfigError};
+use crate::cri::{self, sandbox_resources};
 use crate::host::{self, Cgroup};
 use crate::limits;
 use crate::membership::{self, Membership, MembershipError};
@@ -140,7 +141,10 @@ impl Launch {
         let plan = Plan::new(&id, &bundle, size, &shared)?;
         let path = bundle.spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_deref());
         let cgroup = match geteuid().is_root() {
-            true => Cgroup::plan(path, options.systemd_cgroup, id.as_str()).map_err(LaunchError::Cgroup)?,
+            true => {
+                let systemd = options.systemd_cgroup || cri::names_scope(&bundle.spec);
+                Cgroup::plan(path, systemd, id.as_str()).map_err(LaunchError::Cgroup)?
+            }
             false => None,
         };
         let cgroup = cgroup.filter(|cgroup| host::is_root_of_host() || is_usable(cgroup));
@@ -192,8 +196,8 @@ impl Launch {
     /// [`LaunchError::Cgroup`].
     pub fn enter_cgroup(&self, stand_in: u32) -> Result<(), LaunchError> {
         let Some(cgroup) = &self.cgroup else { return Ok(()) };
-        let linux = self.bundle.spec.linux().as_ref();
-        let limits = host_limits(linux.and_then(|linux| linux.resources().as_ref()), &self.plan.size);
+        let resources = sandbox_resources(&self.bundle.spec);
+        let limits = host_limits(resources.as_deref(), &self.plan.size);
         let entered = cgroup.join(std::process::id()).and_then(|()| cgroup.join(stand_in));
         match entered.and_then(|()| cgroup.limit(&limits)) {
             // The user may have got a group, but not each controller.

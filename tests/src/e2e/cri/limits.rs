@@ -62,7 +62,7 @@ pub fn update(context: &Context) -> Result<Verdict> {
 pub fn stats(context: &Context) -> Result<Verdict> {
     on_node(context, |node| {
         let pod = Pod::run(node, "stats", |_| ())?;
-        let work = "head -c 20000000 /dev/zero >/tmp/file; while :; do :; done";
+        let work = "dd if=/dev/zero of=/tmp/file bs=1M count=4 2>/dev/null; while :; do :; done";
         let id = pod.start("main", &["sh", "-c", work], |_| ())?;
         let cpu = || {
             Ok::<_, anyhow::Error>(value(
@@ -75,7 +75,7 @@ pub fn stats(context: &Context) -> Result<Verdict> {
         ensure!(stats.attributes.id == id, "{stats:?}");
         ensure!(value(&stats.memory.working_set_bytes) > 0, "{stats:?}");
         until("the written layer is not seen", || {
-            Ok(value(&node.cri.container_stats(&id)?.writable_layer.unwrap_or_default().used_bytes) >= 20_000_000)
+            Ok(value(&node.cri.container_stats(&id)?.writable_layer.unwrap_or_default().used_bytes) >= 4 << 20)
         })?;
         let pod_stats = node.cri.pod_stats(&pod.id)?.linux.unwrap_or_default();
         ensure!(pod_stats.containers.len() == 1, "{pod_stats:?}");
