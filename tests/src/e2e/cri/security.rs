@@ -5,6 +5,9 @@ use serde_json::{Value, json};
 
 use super::{Context, Pod, Verdict, on_node};
 
+/// A container's name, its script, its security context, and what the script prints then.
+type Try<'a> = (&'a str, &'a str, &'a dyn Fn(&mut Value), &'a str);
+
 fn context_of(config: &mut Value) -> &mut Value {
     &mut config["linux"]["security_context"]
 }
@@ -24,7 +27,7 @@ pub fn contexts(context: &Context) -> Result<Verdict> {
             Ok(lines.join("\n"))
         };
         let sysctls = "cat /proc/sys/kernel/shm_rmid_forced /proc/sys/net/ipv4/ip_local_port_range | tr '\\t' ' '";
-        let cases: [(&str, &str, &dyn Fn(&mut Value), &str); 8] = [
+        let cases: [Try<'_>; 8] = [
             ("sysctls", sysctls, &|_| (), "1\n1024 65000"),
             (
                 "user",
