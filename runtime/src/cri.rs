@@ -43,16 +43,6 @@ pub fn is_sandbox(spec: &Spec) -> bool {
     annotations.and_then(|annotations| annotations.get(CONTAINER_TYPE)).is_some_and(|kind| kind == "sandbox")
 }
 
-/// Whether the control group is a scope of systemd's, `SLICE:PREFIX:NAME`: with the kubelet's systemd driver the plugin
-/// asks for one, and tells no runtime but runc so.
-#[must_use]
-pub fn names_scope(spec: &Spec) -> bool {
-    let is_of_cri = spec.annotations().as_ref().is_some_and(|all| all.contains_key(CONTAINER_TYPE));
-    let path = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_ref()).and_then(|path| path.to_str());
-    let parts: Vec<_> = path.unwrap_or_default().split(':').collect();
-    is_of_cri && matches!(parts[..], [slice, _, name] if slice.ends_with(".slice") && !name.is_empty())
-}
-
 /// What the sandbox of a container may use: of a pod the sum of all its containers', as the first one's own limits say
 /// nothing about the others; of any other container its own.
 #[must_use]
@@ -107,19 +97,6 @@ mod tests {
             "io.kubernetes.cri.sandbox-cpu-quota": "-1", "io.kubernetes.cri.sandbox-cpu-shares": "2",
         });
         assert_eq!(resources(zeros), none);
-    }
-
-    #[test]
-    fn scopes_of_systemd_are_told_by_their_form() {
-        let names = |annotation: &str, path: &str| {
-            let spec = json!({ "ociVersion": "1.2.0", "annotations": { annotation: "container" }, "linux": { "cgroupsPath": path } });
-            names_scope(&serde_json::from_value(spec).unwrap())
-        };
-        assert!(names(CONTAINER_TYPE, "kubepods-pod1.slice:cri-containerd:c1"));
-        assert!(!names("other", "kubepods-pod1.slice:cri-containerd:c1"));
-        for path in ["/kubepods/pod1/c1", "kubepods.slice:c1", "a:b:c", "kubepods.slice:cri-containerd:", ""] {
-            assert!(!names(CONTAINER_TYPE, path), "{path}");
-        }
     }
 
     #[test]

@@ -9,7 +9,7 @@ use oci_spec::runtime::{LinuxMemory, LinuxNamespace, LinuxNamespaceType, LinuxRe
 use rustix::process::{Pid, geteuid};
 
 use crate::config::{Bundle, ConfigError};
-use crate::cri::{self, sandbox_resources};
+use crate::cri::sandbox_resources;
 use crate::host::{self, Cgroup};
 use crate::limits;
 use crate::membership::{self, Membership, MembershipError};
@@ -76,8 +76,8 @@ pub struct Options {
     pub initrd: Option<PathBuf>,
     /// Copy the guest's console to standard error.
     pub console: bool,
-    /// systemd makes the control group.
-    pub systemd_cgroup: bool,
+    /// Whether systemd makes the control group; where nobody says so, its path tells.
+    pub systemd_cgroup: Option<bool>,
 }
 
 impl Options {
@@ -141,10 +141,7 @@ impl Launch {
         let plan = Plan::new(&id, &bundle, size, &shared)?;
         let path = bundle.spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_deref());
         let cgroup = match geteuid().is_root() {
-            true => {
-                let systemd = options.systemd_cgroup || cri::names_scope(&bundle.spec);
-                Cgroup::plan(path, systemd, id.as_str()).map_err(LaunchError::Cgroup)?
-            }
+            true => Cgroup::plan(path, options.systemd_cgroup, id.as_str()).map_err(LaunchError::Cgroup)?,
             false => None,
         };
         let cgroup = cgroup.filter(|cgroup| host::is_root_of_host() || is_usable(cgroup));
