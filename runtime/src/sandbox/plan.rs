@@ -8,7 +8,7 @@ use katavm_protocol::CONTAINER;
 use katavm_protocol::agent::Tmpfs;
 use oci_spec::runtime::{LinuxIdMapping, LinuxNamespaceType, Mount, Spec};
 
-use super::size::{MemorySize, Size, SizeError, SizeOptions};
+use super::size::{Size, SizeError, SizeOptions};
 use super::volume;
 use crate::config::Bundle;
 use crate::host::{self, EmptyTmpfs, FileKind, IdMap, IdRange, system_message};
