@@ -27,8 +27,8 @@ pub fn reached(context: &Context) -> Result<Verdict> {
         let id = other.idle("client")?;
         let answer = other.sh(&id, &format!("wget -qO- http://{ip}/"))?;
         ensure!(answer == "from the pod", "{answer:?}");
-        let route = other.sh(&id, "ip route show default; ip -6 addr show eth0 | grep -c fd00:88")?;
-        ensure!(route == "default via 10.88.0.1 dev eth0\n1", "{route:?}");
+        let route = other.sh(&id, "ip route | grep default; ip -6 addr show eth0 | grep -c fd00:88")?;
+        ensure!(route == "default via 10.88.0.1 dev eth0 \n1", "{route:?}");
         other.remove()?;
         pod.remove()
     })

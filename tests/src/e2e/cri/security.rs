@@ -49,7 +49,7 @@ pub fn contexts(context: &Context) -> Result<Verdict> {
                 "capabilities",
                 "chown 1 /tmp 2>/dev/null || echo no chown; ip link add d0 type dummy 2>/dev/null && echo net admin; ip link del d0 2>/dev/null; true",
                 &|to| to["capabilities"] = json!({ "add_capabilities": ["NET_ADMIN"], "drop_capabilities": ["CHOWN"] }),
-                "no chown",
+                "no chown\nnet admin",
             ),
             (
                 "masked",
