@@ -1,4 +1,4 @@
-//! The streams of exec and attach by WebSocket, as `kubectl` has them: each message's first byte is its channel
+//! The streams of exec, attach and forwarded ports by WebSocket, as `kubectl` has them: each message's first byte is its channel
 //! (`v4.channel.k8s.io`).
 
 use std::io;
@@ -22,6 +22,10 @@ const STDERR: u8 = 2;
 const OUTCOME: u8 = 3;
 /// The terminal's size, as JSON.
 const RESIZE: u8 = 4;
+/// Of a forwarded port, both ways.
+const DATA: u8 = 0;
+/// What went wrong with the connection to a forwarded port.
+const ERROR: u8 = 1;
 /// How long the server may say nothing.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -74,16 +78,7 @@ impl Streams {
     /// # Errors
     /// Any [`StreamError`].
     pub fn open(url: &str) -> Result<Self, StreamError> {
-        let url = url.replacen("http://", "ws://", 1);
-        let uri: Uri = url.parse().map_err(|_| StreamError::Address(url.clone()))?;
-        let authority = uri.authority().ok_or_else(|| StreamError::Address(url.clone()))?;
-        let stream = TcpStream::connect(authority.as_str())?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        let mut request = url.into_client_request()?;
-        request.headers_mut().insert("Sec-WebSocket-Protocol", http::HeaderValue::from_static(PROTOCOL));
-        let connected = tungstenite::client(request, stream);
-        let (socket, _) = connected.map_err(|error| io::Error::other(error.to_string()))?;
-        Ok(Self { socket, output: Output::default() })
+        Ok(Self { socket: connect(url)?, output: Output::default() })
     }
 
     /// Writes to standard input. Version 4 of the protocol has no word for its end.
@@ -131,27 +126,65 @@ impl Streams {
 
     /// Takes one message; whether there may be more.
     fn step(&mut self) -> Result<bool, StreamError> {
-        let message = match self.socket.read() {
-            Ok(message) => message,
-            Err(Error::ConnectionClosed | Error::AlreadyClosed) => return Ok(false),
-            // The server does not always say goodbye.
-            Err(Error::Protocol(tungstenite::error::ProtocolError::ResetWithoutClosingHandshake)) => return Ok(false),
-            Err(error) => return Err(error.into()),
-        };
-        let bytes = match message {
-            Message::Binary(bytes) => bytes,
-            Message::Text(text) => text.into(),
-            Message::Close(_) | Message::Ping(_) | Message::Pong(_) | Message::Frame(_) => return Ok(true),
-        };
+        let Some(bytes) = receive(&mut self.socket)? else { return Ok(false) };
         match bytes.split_first() {
             Some((&STDOUT, bytes)) => self.output.stdout.extend(bytes),
             Some((&STDERR, bytes)) => self.output.stderr.extend(bytes),
             // It opens each channel by an empty message.
-            Some((_, [])) => {}
+            Some((_, [])) | None => {}
             Some((&OUTCOME, bytes)) => self.output.code = outcome(bytes)?,
             _ => return Err(StreamError::Channel(bytes.to_vec())),
         }
         Ok(true)
+    }
+}
+
+/// Sends `bytes` to a port by the address of its forwarding, and reads until the other side ends: what it has sent, and
+/// what went wrong with the connection to it, which is nothing if all went well.
+///
+/// # Errors
+/// Any [`StreamError`].
+pub fn forward(url: &str, port: u16, bytes: &[u8]) -> Result<(Vec<u8>, String), StreamError> {
+    let mut socket = connect(&format!("{url}?port={port}"))?;
+    socket.send(Message::Binary([&[DATA], bytes].concat().into()))?;
+    let (mut data, mut error) = (Vec::new(), Vec::new());
+    while let Some(bytes) = receive(&mut socket)? {
+        match bytes.split_first() {
+            Some((&DATA, bytes)) => data.extend(bytes),
+            Some((&ERROR, bytes)) => error.extend(bytes),
+            Some((_, [])) | None => {}
+            _ => return Err(StreamError::Channel(bytes.to_vec())),
+        }
+    }
+    // Each channel begins with the number of its port.
+    let told = port.to_le_bytes();
+    let text = |bytes: &[u8]| bytes.strip_prefix(&told).unwrap_or(bytes).to_vec();
+    Ok((text(&data), String::from_utf8_lossy(&text(&error)).into_owned()))
+}
+
+fn connect(url: &str) -> Result<WebSocket<TcpStream>, StreamError> {
+    let url = url.replacen("http://", "ws://", 1);
+    let uri: Uri = url.parse().map_err(|_| StreamError::Address(url.clone()))?;
+    let authority = uri.authority().ok_or_else(|| StreamError::Address(url.clone()))?;
+    let stream = TcpStream::connect(authority.as_str())?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut request = url.into_client_request()?;
+    request.headers_mut().insert("Sec-WebSocket-Protocol", http::HeaderValue::from_static(PROTOCOL));
+    let connected = tungstenite::client(request, stream);
+    let (socket, _) = connected.map_err(|error| io::Error::other(error.to_string()))?;
+    Ok(socket)
+}
+
+/// The next message, which is empty if it is none of ours; nothing at the end.
+fn receive(socket: &mut WebSocket<TcpStream>) -> Result<Option<tungstenite::Bytes>, StreamError> {
+    match socket.read() {
+        Ok(Message::Binary(bytes)) => Ok(Some(bytes)),
+        Ok(Message::Text(text)) => Ok(Some(text.into())),
+        Ok(Message::Close(_) | Message::Ping(_) | Message::Pong(_) | Message::Frame(_)) => Ok(Some(Default::default())),
+        Err(Error::ConnectionClosed | Error::AlreadyClosed) => Ok(None),
+        // The server does not always say goodbye.
+        Err(Error::Protocol(tungstenite::error::ProtocolError::ResetWithoutClosingHandshake)) => Ok(None),
+        Err(error) => Err(error.into()),
     }
 }
 

@@ -45,6 +45,7 @@ pub const CASES: Table = (
         ("mounts_of_the_host_reach_a_volume", volumes::propagation),
         ("security_contexts_are_honoured", security::contexts),
         ("a_pod_is_reached_by_others", network::reached),
+        ("a_port_is_forwarded", network::forwarded),
         ("images_are_pulled", pull::pulled),
     ],
 );

@@ -203,9 +203,9 @@ pub fn propagation(context: &Context) -> Result<Verdict> {
         run(Command::new("mount").args(["-t", "tmpfs", "tmpfs"]).arg(folder.join("later")))?;
         fs::write(folder.join("later/file"), "x")?;
         let seen = until("a later mount is not seen", || Ok(pod.sh(&id, "ls /volume/later")? == "file"));
+        // While the guest knows its files, the host cannot unmount it: docs/kubernetes.md.
+        pod.remove()?;
         run(Command::new("umount").arg(folder.join("later")))?;
-        seen?;
-        until("an unmount is not seen", || Ok(pod.sh(&id, "ls /volume/later")?.is_empty()))?;
-        pod.remove()
+        seen
     })
 }
