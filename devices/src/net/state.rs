@@ -14,6 +14,19 @@ pub struct NetState {
     pub mtu: Option<u16>,
     /// What it offers to do or to leave undone, as `TUNSETOFFLOAD` has it.
     pub offloads: u32,
+    /// The pairs of queues that it has.
+    pub pairs: u16,
+    /// What the driver has asked for last, if there was one.
+    pub asked: Option<Asked>,
     /// The link was up.
     pub link_up: bool,
+}
+
+/// What a driver has asked for by the control queue, or has if it asked for nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Asked {
+    /// Pairs of queues in use, from the first one on.
+    pub pairs: u16,
+    /// What may be left undone in packets for the guest, as `TUNSETOFFLOAD` has it.
+    pub to_guest: u32,
 }

@@ -7,5 +7,7 @@ mod driver;
 mod link;
 mod receive;
 mod restore;
+mod several;
+mod stream;
 mod tap;
 mod transmit;
