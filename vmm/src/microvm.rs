@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Mutex;
 
 use katavm_devices::memory::GuestMemory;
-use katavm_devices::net::{Backend, Net};
+use katavm_devices::net::{Backend, Net, NetLimits};
 use katavm_devices::vsock::ConnectionId;
 use kvm_ioctls::{Kvm, VmFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -196,6 +196,15 @@ impl Microvm {
     /// When there is no such interface.
     pub fn detach_net(&self, index: usize) -> Result<(), MicrovmError> {
         lock(self.interface(index)?).detach();
+        Ok(())
+    }
+
+    /// Sets other limits for network interface `index`.
+    ///
+    /// # Errors
+    /// When there is no such interface.
+    pub fn set_net_limits(&self, index: usize, limits: NetLimits) -> Result<(), MicrovmError> {
+        lock(self.interface(index)?).set_limits(limits);
         Ok(())
     }
 

@@ -9,6 +9,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::backend::Backend;
 use super::layout::*;
+use super::meter::{Meter, NetLimits};
 use super::offloads::Offloads;
 use super::pair::{Pair, Terms};
 use super::state::{Asked, NetState};
@@ -50,6 +51,8 @@ pub struct NetConfig {
     pub offloads: Offloads,
     /// Pairs of queues, 1 to 8. The driver uses the first one until it asks for more.
     pub pairs: u16,
+    /// Of what goes through it.
+    pub limits: NetLimits,
 }
 
 /// The network device. Until it gets a backend it is a placeholder, and its link is down when it loses that.
@@ -58,13 +61,16 @@ pub struct NetConfig {
 /// be served by another thread.
 pub struct Net {
     pub(super) config: [u8; CONFIG_BYTES],
-    settings: NetConfig,
+    pub(super) settings: NetConfig,
     /// All of them; never active, as they are the pairs', and `control`.
     queues: QueueSet,
     pub(super) control: QueueSet,
     /// Which one the control queue is.
     control_at: usize,
     pub(super) pairs: Vec<Arc<Mutex<Pair>>>,
+    /// Limits of each direction.
+    pub(super) receives: Arc<Meter>,
+    pub(super) sends: Arc<Meter>,
     /// A pair has found its backend gone.
     loss: Arc<EventFd>,
     /// The first pair's.
@@ -108,12 +114,14 @@ impl Net {
         let queues = QueueSet::new(&vec![QUEUE_SIZE; control_at + 1])?;
         let control = queues.part(control_at..control_at + 1)?;
         let loss = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        let meters = [settings.limits.receive, settings.limits.transmit].map(|limits| Arc::new(Meter::new(limits)));
         let pair = |index: usize| -> io::Result<_> {
             let own = queues.part(index * PAIR..(index + 1) * PAIR)?;
             let stand_in_for = control.kicks().first().filter(|_| index == 1).map(EventFd::try_clone).transpose()?;
-            Ok(Arc::new(Mutex::new(Pair::new(own, Arc::clone(&loss), stand_in_for)?)))
+            Ok(Arc::new(Mutex::new(Pair::new(own, meters.clone(), Arc::clone(&loss), stand_in_for)?)))
         };
         let pairs = (0..count).map(pair).collect::<io::Result<_>>()?;
+        let [receives, sends] = meters;
         Ok(Self {
             config: config(settings.mac, settings.pairs, settings.mtu.unwrap_or(0)),
             settings,
@@ -121,6 +129,8 @@ impl Net {
             control,
             control_at,
             pairs,
+            receives,
+            sends,
             loss,
             backend: None,
             held_down: false,
@@ -146,10 +156,10 @@ impl Net {
     /// The state for a snapshot; the queues' is the transport's.
     #[must_use]
     pub fn save(&self) -> NetState {
-        let NetConfig { mac, mtu, offloads, pairs } = self.settings;
+        let NetConfig { mac, mtu, offloads, pairs, limits } = self.settings;
         let asked = Asked { pairs: self.in_use, to_guest: self.to_guest.bits() };
         let asked = (self.in_use > 0).then_some(asked);
-        NetState { mac, mtu, offloads: offloads.bits(), pairs, asked, link_up: self.is_up() }
+        NetState { mac, mtu, offloads: offloads.bits(), pairs, limits, asked, link_up: self.is_up() }
     }
 
     /// A device as it was saved, without its backend: attach one before the guest goes on, or the driver
@@ -159,7 +169,8 @@ impl Net {
     /// As [`new`](Self::new).
     pub fn restore(state: &NetState) -> Result<Self, NetError> {
         let offloads = Offloads::from_bits_truncate(state.offloads);
-        let mut this = Self::new(NetConfig { mac: state.mac, mtu: state.mtu, offloads, pairs: state.pairs })?;
+        let NetState { mac, mtu, pairs, limits, .. } = *state;
+        let mut this = Self::new(NetConfig { mac, mtu, offloads, pairs, limits })?;
         this.known = Some(Known { asked: state.asked, link_up: state.link_up });
         Ok(this)
     }

@@ -9,6 +9,7 @@ mod device;
 mod header;
 mod layout;
 mod link;
+mod meter;
 mod offloads;
 mod pair;
 mod port;
@@ -19,6 +20,7 @@ mod transmit;
 
 pub use backend::{Backend, Tap, TapError};
 pub use device::{Net, NetConfig, NetError};
+pub use meter::NetLimits;
 pub use offloads::Offloads;
 pub use state::{Asked, NetState};
 pub use stream::Stream;

@@ -8,14 +8,16 @@ use log::error;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::layout::{F_MRG_RXBUF, HEADER, LINK_HEADER, PACKET_MAX, RX, TX};
+use super::meter::{Alarm, Meter};
 use super::offloads::Offloads;
 use super::port::Port;
 use super::receive::Rooms;
 use crate::virtio::ReadyQueues;
 use crate::virtio::queue::QueueSet;
 
-/// The event loop's tag of the port; the queues have 0 and 1.
+/// The event loop's tags of the port and the alarm; the queues have 0 and 1.
 const PORT: u32 = 2;
+const ALARM: u32 = 3;
 
 /// What a driver has agreed to.
 #[derive(Clone, Copy, Debug, Default)]
@@ -50,6 +52,12 @@ pub(super) struct Pair {
     pub stale_rooms: bool,
     /// The driver uses it.
     enabled: bool,
+    /// Limits of each direction, which all pairs share.
+    pub receives: Arc<Meter>,
+    pub sends: Arc<Meter>,
+    /// Bytes of a packet that was received and is over the limit: no other is before that is paid for.
+    pub owed: Option<usize>,
+    pub alarm: Alarm,
     /// Why the backend is gone.
     pub lost: Option<io::Error>,
     /// Tells the device of that.
@@ -60,9 +68,18 @@ pub(super) struct Pair {
 }
 
 impl Pair {
-    pub fn new(queues: QueueSet, loss: Arc<EventFd>, stand_in_for: Option<EventFd>) -> io::Result<Self> {
+    pub fn new(
+        queues: QueueSet,
+        [receives, sends]: [Arc<Meter>; 2],
+        loss: Arc<EventFd>,
+        stand_in_for: Option<EventFd>,
+    ) -> io::Result<Self> {
         Ok(Self {
             queues,
+            receives,
+            sends,
+            owed: None,
+            alarm: Alarm::new()?,
             port: Port::new()?,
             terms: Terms::default(),
             rooms: Rooms::default(),
@@ -136,14 +153,21 @@ impl Pair {
 impl MutEventSubscriber for Pair {
     fn init(&mut self, ops: &mut EventOps) {
         self.queues.register(ops);
-        if let Err(error) = ops.add(Events::with_data(self.port.events(), PORT, EventSet::IN)) {
-            error!("cannot watch a network link: {error}");
+        let watched = [
+            Events::with_data(self.port.events(), PORT, EventSet::IN),
+            Events::with_data(self.alarm.timer(), ALARM, EventSet::IN),
+        ];
+        for events in watched {
+            if let Err(error) = ops.add(events) {
+                error!("cannot watch a network link: {error}");
+            }
         }
     }
 
     fn process(&mut self, events: Events, _ops: &mut EventOps) {
         match events.data() {
             PORT => self.port.look(),
+            ALARM => self.alarm.answer(),
             queue => {
                 let kicked = self.queues.take_kick(queue as usize);
                 if kicked

@@ -109,7 +109,12 @@ impl Pair {
         let mut budget = TURN;
         // Kicks of this queue matter only while it lacks buffers.
         self.queues.disable_kicks(RX);
-        while budget > 0 && self.port.readable && self.port.open && self.gather(&memory, &mut used, &mut budget) {
+        while budget > 0
+            && self.port.readable
+            && self.port.open
+            && self.may_receive()
+            && self.gather(&memory, &mut used, &mut budget)
+        {
             budget -= 1;
             used |= self.packet(&memory);
         }
@@ -157,7 +162,10 @@ impl Pair {
     /// Moves one packet; true when buffers were used.
     fn packet(&mut self, memory: &GuestMemory) -> bool {
         match read(self.port.backend(), &mut self.rooms) {
-            Got::Packet(len) => return self.deliver(len, memory),
+            Got::Packet(len) => {
+                self.owe(len - HEADER);
+                return self.deliver(len, memory);
+            }
             Got::Unusable => debug!("a packet that does not fit into the guest's buffers is dropped"),
             Got::Nothing => self.port.readable = false,
             Got::Failure(error) => {

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::meter::NetLimits;
+
 /// What a restored device has in common with the saved one, whose driver knows it by heart.
 ///
 /// The backend is the host's and does not go into a snapshot. Packets are moved within one turn of the event loop,
@@ -16,6 +18,8 @@ pub struct NetState {
     pub offloads: u32,
     /// The pairs of queues that it has.
     pub pairs: u16,
+    /// Limits of what goes through it; their buckets are full again after a restore.
+    pub limits: NetLimits,
     /// What the driver has asked for last, if there was one.
     pub asked: Option<Asked>,
     /// The link was up.

@@ -5,7 +5,7 @@ use std::io;
 use log::debug;
 
 use super::backend::{Backend, is_lost};
-use super::layout::{PACKET_MAX, PACKET_MIN, TURN, TX};
+use super::layout::{HEADER, PACKET_MAX, PACKET_MIN, TURN, TX};
 use super::pair::Pair;
 
 /// What became of a packet.
@@ -37,9 +37,15 @@ impl Pair {
                 more = false;
                 break;
             };
+            let len = chain.readable_len();
+            if !self.may_send(len.saturating_sub(HEADER)) {
+                self.queues.undo_pop(TX);
+                more = false;
+                break;
+            }
             vectors.clear();
             chain.extend_readable(&memory, &mut vectors);
-            match send(self.port.backend(), &vectors, chain.readable_len()) {
+            match send(self.port.backend(), &vectors, len) {
                 Sent::Done => {}
                 Sent::Later => {
                     self.queues.undo_pop(TX);

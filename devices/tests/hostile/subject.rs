@@ -293,7 +293,13 @@ impl Backend for Loopback {
 
 /// The device on `wire`; without segmentation, so that small buffers are enough for any packet.
 fn net_on(wire: Loopback) -> Arc<Mutex<dyn VirtioDevice>> {
-    let config = NetConfig { mac: [2, 0, 0, 0, 0, 1], mtu: Some(68), offloads: Offloads::empty(), pairs: 2 };
+    let config = NetConfig {
+        mac: [2, 0, 0, 0, 0, 1],
+        mtu: Some(68),
+        offloads: Offloads::empty(),
+        pairs: 2,
+        limits: Default::default(),
+    };
     let mut net = Net::new(config).unwrap();
     net.attach(wire).unwrap();
     Arc::new(Mutex::new(net))

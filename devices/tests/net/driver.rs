@@ -6,7 +6,7 @@ use std::os::unix::net::UnixDatagram;
 use std::sync::{Arc, Mutex};
 
 use katavm_devices::memory::GuestMemory;
-use katavm_devices::net::{Backend, Net, NetConfig, Offloads};
+use katavm_devices::net::{Backend, Net, NetConfig, NetLimits, Offloads};
 
 use crate::common::{CONFIG, F_EVENT_IDX, Machine, writable};
 
@@ -56,7 +56,7 @@ impl Backend for Wire {
 }
 
 pub fn settings() -> NetConfig {
-    NetConfig { mac: MAC, mtu: Some(1500), offloads: Offloads::all(), pairs: 1 }
+    NetConfig { mac: MAC, mtu: Some(1500), offloads: Offloads::all(), pairs: 1, limits: NetLimits::default() }
 }
 
 /// A device that its driver has started, without a backend.

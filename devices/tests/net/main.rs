@@ -4,6 +4,7 @@
 mod common;
 
 mod driver;
+mod limits;
 mod link;
 mod receive;
 mod restore;

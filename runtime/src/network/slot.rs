@@ -2,7 +2,7 @@
 
 use std::io;
 
-use katavm_devices::net::{Net, NetConfig, NetError, Offloads};
+use katavm_devices::net::{Net, NetConfig, NetError, NetLimits, Offloads};
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::Interface;
@@ -40,7 +40,13 @@ pub fn device(interface: &Interface, pairs: u16) -> Result<Net, NetError> {
         Some(mac) => mac,
         None => random_mac()?,
     };
-    let mut net = Net::new(NetConfig { mac, mtu: None, offloads: Offloads::of_this_kernel(), pairs })?;
+    let mut net = Net::new(NetConfig {
+        mac,
+        mtu: None,
+        offloads: Offloads::of_this_kernel(),
+        pairs,
+        limits: NetLimits::default(),
+    })?;
     net.set_link(interface.carrier);
     Ok(net)
 }
@@ -51,7 +57,13 @@ pub fn device(interface: &Interface, pairs: u16) -> Result<Net, NetError> {
 /// # Errors
 /// When no random numbers or descriptors can be had.
 pub fn slot(pairs: u16) -> Result<Net, NetError> {
-    Net::new(NetConfig { mac: random_mac()?, mtu: None, offloads: Offloads::of_this_kernel(), pairs })
+    Net::new(NetConfig {
+        mac: random_mac()?,
+        mtu: None,
+        offloads: Offloads::of_this_kernel(),
+        pairs,
+        limits: NetLimits::default(),
+    })
 }
 
 #[cfg(test)]

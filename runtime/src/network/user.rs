@@ -16,7 +16,7 @@ use std::process::Command;
 use std::str::FromStr;
 use std::time::Duration;
 
-use katavm_devices::net::{Net, NetConfig, NetError, Offloads, Stream};
+use katavm_devices::net::{Net, NetConfig, NetError, NetLimits, Offloads, Stream};
 use katavm_protocol::agent::ConfigureNetworkRequest;
 
 use super::{Address, Hop, Interface, Route, Scan, random_mac};
@@ -149,7 +149,13 @@ impl UserNetwork {
         let mac = random_mac().map_err(UserNetworkError::Start)?;
         let this = Self { pid, mac, ipv6 };
         // Nobody but the sender can finish packets here, so nothing is offered.
-        let mut net = Net::new(NetConfig { mac, mtu: Some(MTU), offloads: Offloads::empty(), pairs: 1 })?;
+        let mut net = Net::new(NetConfig {
+            mac,
+            mtu: Some(MTU),
+            offloads: Offloads::empty(),
+            pairs: 1,
+            limits: NetLimits::default(),
+        })?;
         let stream = Stream::new(ours).map_err(UserNetworkError::Start)?;
         net.attach(stream).map_err(UserNetworkError::Start)?;
         Ok((this, net))

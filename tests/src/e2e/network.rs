@@ -157,7 +157,13 @@ fn finished<T>(server: JoinHandle<std::io::Result<T>>) -> Result<T> {
 fn device(interface: &Interface) -> Result<Net> {
     let mtu = Some(u16::try_from(interface.mtu)?);
     let mac = interface.mac.context("eth0 has no address")?;
-    Ok(Net::new(NetConfig { mac, mtu, offloads: Offloads::of_this_kernel(), pairs: PAIRS })?)
+    Ok(Net::new(NetConfig {
+        mac,
+        mtu,
+        offloads: Offloads::of_this_kernel(),
+        pairs: PAIRS,
+        limits: Default::default(),
+    })?)
 }
 
 fn configure(guest: &Guest, scan: &Scan, plugged: &Plugged, mac: [u8; 6]) -> Result<()> {
