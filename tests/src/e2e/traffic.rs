@@ -33,6 +33,7 @@ connect() { # namespace interface peer bridge IPv4-net IPv6-net number
     ip -n $1 addr add $5.$7/24 dev $2; ip -n $1 addr add $6::$7/64 dev $2 nodad
     ip -n $1 link set lo up; ip -n $1 link set $2 up
 }
+await() { for i in $(seq 300); do \"$@\" 2>/dev/null && return; sleep 0.2; done; echo \"not in a minute: $*\"; exit 1; }
 clean() {
     for id in $(katavm list -q); do katavm delete --force $id; done
     for line in 'netns del net-a' 'netns del net-b' 'link del bridge-a' 'link del bridge-b'; do ip $line 2>/dev/null; done
@@ -82,7 +83,7 @@ fn streams(context: &Context) -> Result<Verdict> {
         errors_before=$(nstat -asz | awk '/CsumErrors/ {n += $2} END {print n}')
         katavm run -d --cpus 2 --bundle a ga </dev/null >a.log 2>&1; katavm run -d --bundle b gb </dev/null >b.log 2>&1
         iperf3 -s >host.log 2>&1 &
-        until nc -z 10.78.0.2 5201 && nc -z 10.78.0.1 5201; do sleep 0.2; done
+        await nc -z 10.78.0.2 5201; await nc -z 10.78.0.1 5201
         cat /sys/class/net/peer-a/mtu; katavm exec ga cat /sys/class/net/eth0/mtu
         katavm exec ga ls -d /sys/class/net/eth0/queues/rx-1 /sys/class/net/eth0/queues/tx-1 | wc -l
         # As large as they may be, uncut, over both versions of IP.
@@ -105,9 +106,9 @@ fn streams(context: &Context) -> Result<Verdict> {
             jq -r '.end.sum | .lost_packets * 50 < .packets' run.json
         done
         # Every byte as it was sent, from guest to guest.
-        katavm exec -d ga sh -c 'nc -l -p 7000 -N </usr/bin/iperf3 >/tmp/got'
-        until katavm exec ga ss -Htln 'sport = 7000' | grep -q 7000; do sleep 0.2; done
-        katavm exec gb sh -c 'nc -N 10.78.0.2 7000 </usr/bin/python3 | cmp - /usr/bin/iperf3 && echo same'
+        katavm exec -d ga sh -c 'nc.openbsd -l -p 7000 -N </usr/bin/iperf3 >/tmp/got'
+        listens() { katavm exec ga ss -Htln 'sport = 7000' | grep -q 7000; }; await listens
+        katavm exec gb sh -c 'nc.openbsd -N 10.78.0.2 7000 </usr/bin/python3 | cmp - /usr/bin/iperf3 && echo same'
         katavm exec ga cmp /tmp/got /usr/bin/python3 && echo same
         errors() { awk '/CsumErrors/ {n += $2} END {print n - b}' b=${1:-0}; }
         nstat -asz | errors $errors_before
@@ -136,10 +137,10 @@ fn links(context: &Context) -> Result<Verdict> {
         connect net-a eth0 peer-a bridge-a 10.78.0 fd78 2; connect net-a eth1 peer-b bridge-b 10.79.0 fd79 2
         katavm --log a.log run -d --bundle a --memory 192M ga </dev/null >out 2>&1
         for to in 10.78.0.1 10.79.0.1; do katavm exec ga ping -c 2 -w 30 $to | grep -o '2 received'; done
-        carrier() { katavm exec ga cat /sys/class/net/$1/carrier; }
+        carrier() { katavm exec ga cat /sys/class/net/$1/carrier; }; has() { [ $(carrier $1) = $2 ]; }
         # The other end of the pair goes down and comes back: so does the guest's link.
-        ip link set peer-a down; until [ $(carrier eth0) = 0 ]; do sleep 0.1; done; echo down; carrier eth1
-        ip link set peer-a up; until [ $(carrier eth0) = 1 ]; do sleep 0.1; done; echo up
+        ip link set peer-a down; await has eth0 0; echo down; carrier eth1
+        ip link set peer-a up; await has eth0 1; echo up
         katavm exec ga ping -c 2 -w 30 10.78.0.1 | grep -o '2 received'
         # A flood, over both, of what nobody in there listens to.
         pid=$(pgrep -x katavm-sandbox); 
@@ -156,7 +157,7 @@ print(n * 8000 > 64 << 20 or n)'
         [ $(($(rss) - before)) -lt 16384 ] && echo bounded || echo grew from $before to $(rss)
         katavm exec ga ping -c 2 -w 30 10.79.0.1 | grep -o '2 received'
         # Somebody deletes a tap.
-        ip -n net-a link del katavm0; until [ $(carrier eth0) = 0 ]; do sleep 0.1; done; echo lost
+        ip -n net-a link del katavm0; await has eth0 0; echo lost
         grep -c 'its link is down' a.log
         katavm exec ga ping -c 2 -w 30 10.79.0.1 | grep -o '2 received'
         katavm exec ga uname -s";
