@@ -250,6 +250,8 @@ impl Work<'_> {
                         id: self.launch.id.to_string(),
                         spec: plan.guest_spec,
                         exports: plan.exports,
+                        tmpfs: plan.tmpfs,
+                        replaced: plan.replaced,
                         io,
                         link: Some(link),
                         journal: outside.journal,

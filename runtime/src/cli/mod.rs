@@ -124,7 +124,7 @@ fn launch_options(global: &Global, machine: Machine, console: bool) -> anyhow::R
         kernel,
         initrd,
         console,
-        systemd_cgroup: global.systemd_cgroup,
+        systemd_cgroup: Some(global.systemd_cgroup),
         settings,
         user_network: None,
     })

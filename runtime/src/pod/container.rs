@@ -3,9 +3,10 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use katavm_protocol::agent::Exit;
+use katavm_protocol::agent::{Exit, RemoveContainerRequest};
 use oci_spec::runtime::LinuxResources;
 
+use super::volumes::Copies;
 use super::watch::Kills;
 use super::{Phase, PodError, Process};
 use crate::host::{self, Cgroup};
@@ -14,12 +15,30 @@ use crate::sandbox::blocking;
 use crate::sandbox::share::Exports;
 use crate::state::{Journal, Record, Status};
 
+/// What of the host a container sees.
+pub(super) struct Seen {
+    /// What is shared.
+    pub exports: Exports,
+    /// What was copied.
+    pub copies: Copies,
+}
+
+impl Seen {
+    /// Gives it up; how the agent removes the container with it.
+    pub fn release(self, id: &str) -> RemoveContainerRequest {
+        let (unshared, volumes) = (self.exports.release(), self.copies.release());
+        RemoveContainerRequest { container_id: id.into(), unshared, volumes, ..Default::default() }
+    }
+}
+
 /// A container that was made.
 pub struct Container {
     id: String,
     init: Arc<Process>,
     /// What of the host it sees while it lives.
-    exports: Mutex<Option<Exports>>,
+    seen: Mutex<Option<Seen>>,
+    /// How the agent removes it.
+    removal: Mutex<RemoveContainerRequest>,
     /// By exec id; nothing while it is being made.
     execs: Mutex<HashMap<String, Option<Arc<Process>>>>,
     journal: Mutex<Journal>,
@@ -35,7 +54,7 @@ impl Container {
     pub(super) fn new(
         id: String,
         init: Arc<Process>,
-        exports: Exports,
+        seen: Seen,
         journal: Journal,
         cgroup: Option<Cgroup>,
         is_first: bool,
@@ -43,7 +62,8 @@ impl Container {
         let container = Self {
             id,
             init,
-            exports: Mutex::new(Some(exports)),
+            seen: Mutex::new(Some(seen)),
+            removal: Mutex::default(),
             execs: Mutex::default(),
             journal: Mutex::new(journal),
             cgroup,
@@ -149,8 +169,10 @@ impl Container {
             () = started => {}
         }
         // Before anybody hears of the end: engines unmount these at once.
-        let exports = self.exports.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let _ = tokio::task::spawn_blocking(move || drop(exports)).await;
+        let (id, seen) = (self.id.clone(), self.seen.lock().unwrap_or_else(PoisonError::into_inner).take());
+        if let Ok(Some(removal)) = tokio::task::spawn_blocking(move || seen.map(|seen| seen.release(&id))).await {
+            *self.removal.lock().unwrap_or_else(PoisonError::into_inner) = removal;
+        }
         self.note(Status::Stopped);
         self.init.dismiss_stand_in().await;
     }
@@ -158,6 +180,12 @@ impl Container {
     /// Whether the sandbox was made for it.
     pub(super) fn is_first(&self) -> bool {
         self.is_first
+    }
+
+    /// How the agent removes it, and with it what nobody in the guest sees any more since it has ended.
+    pub(super) fn removal(&self) -> RemoveContainerRequest {
+        let removal = self.removal.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        RemoveContainerRequest { container_id: self.id.clone(), ..removal }
     }
 
     /// Removes what was written down about it.

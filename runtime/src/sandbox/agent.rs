@@ -7,8 +7,8 @@ use std::time::Duration;
 pub use katavm_protocol::agent::Process as GuestProcess;
 use katavm_protocol::agent::{
     CheckRequest, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, CreateExecRequest,
-    CreateSandboxRequest, Empty, Event, Exit, ProcessRequest, ResizeTerminalRequest, SignalRequest, StatsResponse,
-    UpdateContainerRequest,
+    CreateSandboxRequest, Empty, Event, Exit, ProcessRequest, RemoveContainerRequest, ResizeTerminalRequest,
+    SetVolumeRequest, SignalRequest, StatsResponse, UpdateContainerRequest,
 };
 use katavm_protocol::agent_ttrpc::AgentClient;
 use tokio::time::timeout;
@@ -136,12 +136,21 @@ impl Agent {
         Ok(())
     }
 
+    /// Copies a volume to the guest, or makes the copy what the volume is now.
+    ///
+    /// # Errors
+    /// Any [`AgentError`].
+    pub async fn set_volume(&self, request: &SetVolumeRequest) -> Result<(), AgentError> {
+        within(PATIENCE, self.client.set_volume(deadline(PATIENCE), request)).await?;
+        Ok(())
+    }
+
     /// Kills what still runs in a container and removes it.
     ///
     /// # Errors
     /// Any [`AgentError`].
-    pub async fn remove_container(&self, id: &str) -> Result<(), AgentError> {
-        within(PATIENCE, self.client.remove_container(deadline(PATIENCE), &container(id))).await?;
+    pub async fn remove_container(&self, request: &RemoveContainerRequest) -> Result<(), AgentError> {
+        within(PATIENCE, self.client.remove_container(deadline(PATIENCE), request)).await?;
         Ok(())
     }
 
