@@ -21,8 +21,11 @@ fn several() -> NetConfig {
     NetConfig { pairs: PAIRS, offloads: Offloads::CSUM, ..settings() }
 }
 
+/// What a wire's queue was switched to, one after the other.
+type Switched = Arc<Mutex<Vec<bool>>>;
+
 /// A device with so many wires, and what switched their queues.
-fn with_wires(accepted: u64, count: usize) -> (Driver, Vec<UnixDatagram>, Vec<Arc<Mutex<Vec<bool>>>>) {
+fn with_wires(accepted: u64, count: usize) -> (Driver, Vec<UnixDatagram>, Vec<Switched>) {
     let driver = Driver::with(several(), accepted);
     let (wires, far): (Vec<_>, Vec<_>) = (0..count).map(|_| Wire::pair()).unzip();
     let switched = wires.iter().map(|wire| wire.switched.clone()).collect();
@@ -90,11 +93,11 @@ fn each_pair_has_its_backend_once_the_driver_uses_it() {
     assert_eq!(use_pairs(&mut driver, 3), OK);
     assert_eq!([last(0), last(1), last(2)], [true; 3]);
     assert_eq!(driver.machine.used(2), [(0, 72)], "what waited for the second");
-    for pair in 0..3 {
+    for (pair, far) in far.iter().enumerate() {
         send(&mut driver, pair, 10 + pair as u8);
-        assert_eq!(seed_of(&far[pair]), Some(10 + pair as u8));
+        assert_eq!(seed_of(far), Some(10 + pair as u8));
         driver.machine.used(2 * pair);
-        far[pair].send(&packet(60, 20 + pair as u8)).unwrap();
+        far.send(&packet(60, 20 + pair as u8)).unwrap();
         driver.machine.run();
         assert_eq!(driver.machine.used(2 * pair).len(), 1);
     }
