@@ -35,6 +35,7 @@ connect() { # namespace interface peer bridge IPv4-net IPv6-net number
 }
 await() { for i in $(seq 300); do \"$@\" 2>/dev/null && return; sleep 0.2; done; echo \"not in a minute: $*\"; exit 1; }
 clean() {
+    set +e
     for id in $(katavm list -q); do katavm delete --force $id; done
     for line in 'netns del net-a' 'netns del net-b' 'link del bridge-a' 'link del bridge-b'; do ip $line 2>/dev/null; done
     kill $(jobs -p) 2>/dev/null
