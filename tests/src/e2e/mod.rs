@@ -33,6 +33,7 @@ mod shim;
 mod snapshot;
 mod survive;
 mod systemd;
+mod traffic;
 mod user;
 
 use anyhow::Result;
@@ -105,7 +106,7 @@ pub fn cases(boot: Boot, long: bool) -> Vec<Case> {
     tables.iter().copied().flatten().flat_map(rows).collect()
 }
 
-const FIRST: &[Table] = &[boot::CASES, agent::CASES, snapshot::CASES, network::CASES];
+const FIRST: &[Table] = &[boot::CASES, agent::CASES, snapshot::CASES, network::CASES, traffic::CASES];
 const LAST: &[Table] =
     &[oci::CASES, limits::CASES, idmap::CASES, failing::CASES, hostile::CASES, survive::CASES, user::CASES];
 const ENGINES: &[Table] = &[podman::CASES, rootless::CASES, docker::CASES, crio::CASES, beside::CASES];
