@@ -56,6 +56,7 @@ pub const CASES: Table = (
 pub const SANDBOXER: Table = (
     "cri-sandboxer",
     &[
+        ("stopped_and_removed_in_any_order", |context| by_sandboxer(context, life::any_order)),
         ("commands_have_their_streams", |context| by_sandboxer(context, streams::exec)),
         ("a_pod_has_the_size_of_its_containers", |context| by_sandboxer(context, limits::size)),
         ("a_port_is_forwarded", |context| by_sandboxer(context, network::forwarded)),
