@@ -74,10 +74,16 @@ fn bundle(context: &Context, name: &str, netns: &str, args: &[&str]) -> Result<(
     Ok(fs::write(folder.join("config.json"), config.to_string())?)
 }
 
+/// What there is before. The first namespace of a host makes a mount, which stays.
+fn before(context: &Context) -> Result<Traces> {
+    script(context, "ip netns add net-a; ip netns del net-a")?;
+    Ok(Traces::of(context.scratch()))
+}
+
 fn streams(context: &Context) -> Result<Verdict> {
     bundle(context, "a", "net-a", &["iperf3", "-s"])?;
     bundle(context, "b", "net-b", &["sleep", "1000"])?;
-    let traces = Traces::of(context.scratch());
+    let traces = before(context)?;
     let body = "
         ip netns add net-a; ip netns add net-b; bridge bridge-a 10.78.0 fd78
         connect net-a eth0 peer-a bridge-a 10.78.0 fd78 2; connect net-b eth0 peer-b bridge-a 10.78.0 fd78 3
@@ -120,7 +126,6 @@ errors = sum(int(v) for name, value in zip(lines, lines[1:]) if len(name) > 2 an
 print(errors + sum(int(line[1]) for line in lines if len(line) == 2 and \"CsumErrors\" in line[0]))'; done";
     let output = script(context, &format!("{PRELUDE}{body}"))?;
     context.note("rates", fs::read(context.scratch().join("rates")).unwrap_or_default());
-    println!("{}", fs::read_to_string(context.scratch().join("rates")).unwrap_or_default());
     let mut lines = vec!["9000", "9000", "2"];
     lines.extend(["2 received"; 4]);
     lines.extend(["true"; 12]);
@@ -132,7 +137,7 @@ print(errors + sum(int(line[1]) for line in lines if len(line) == 2 and \"CsumEr
 
 fn links(context: &Context) -> Result<Verdict> {
     bundle(context, "a", "net-a", &["sleep", "1000"])?;
-    let traces = Traces::of(context.scratch());
+    let traces = before(context)?;
     let body = "
         ip netns add net-a; bridge bridge-a 10.78.0 fd78; bridge bridge-b 10.79.0 fd79
         connect net-a eth0 peer-a bridge-a 10.78.0 fd78 2; connect net-a eth1 peer-b bridge-b 10.79.0 fd79 2
