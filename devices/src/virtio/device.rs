@@ -85,4 +85,8 @@ pub trait VirtioDevice: MutEventSubscriber + Send {
 
     /// The driver resets the device: forget all requests. The queues are already inactive.
     fn reset(&mut self) {}
+
+    /// The machine stands still, and so does the event loop: requests that are under way are to be finished and given
+    /// back now, so that neither memory nor queues change after this. The default is for devices that have none.
+    fn settle(&mut self) {}
 }
