@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use katavm_protocol::agent::{
-    CheckRequest, CheckResponse, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, CreateExecRequest,
-    CreateSandboxRequest, Empty, Event, ListProcessesResponse, ProcessRequest, ProcessResponse, ResizeTerminalRequest,
-    SignalRequest, StatsResponse, UpdateContainerRequest, WaitResponse,
+    AttachDiskResponse, CheckRequest, CheckResponse, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest,
+    CreateExecRequest, CreateSandboxRequest, DiskRequest, Empty, Event, ListProcessesResponse, ProcessRequest,
+    ProcessResponse, ResizeTerminalRequest, SignalRequest, StatsResponse, UpdateContainerRequest, WaitResponse,
 };
 use katavm_protocol::agent_ttrpc::Agent;
 use katavm_protocol::reset::RESET_ORDERLY;
@@ -17,6 +17,7 @@ use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
 use crate::cgroup::stats;
 use crate::container::{Containers, processes};
+use crate::disks;
 use crate::error::Error;
 use crate::names::Names;
 use crate::network;
@@ -54,6 +55,10 @@ async fn to_its_end<T: Send + 'static>(
     tokio::spawn(work).await.map_err(|error| Error::Internal(error.to_string()))?
 }
 
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> std::result::Result<T, Error> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| Error::Internal(error.to_string()))
+}
+
 #[async_trait]
 impl Agent for Service {
     async fn check(&self, _: &TtrpcContext, _: CheckRequest) -> Result<CheckResponse> {
@@ -72,6 +77,16 @@ impl Agent for Service {
         let done = tokio::task::spawn_blocking(move || network::configure(&request)).await;
         done.map_err(|error| Error::Internal(error.to_string()))??;
         self.names.set(&name_servers).await?;
+        Ok(Empty::new())
+    }
+
+    async fn attach_disk(&self, _: &TtrpcContext, request: DiskRequest) -> Result<AttachDiskResponse> {
+        let device = to_its_end(async move { blocking(move || disks::attach(request.place)).await? }).await?;
+        Ok(AttachDiskResponse { device: device.to_string_lossy().into(), ..Default::default() })
+    }
+
+    async fn detach_disk(&self, _: &TtrpcContext, request: DiskRequest) -> Result<Empty> {
+        to_its_end(async move { blocking(move || disks::detach(request.place)).await? }).await?;
         Ok(Empty::new())
     }
 

@@ -22,11 +22,11 @@ use crate::bus::Bus;
 use crate::config::MicrovmConfig;
 use crate::console::Console;
 use crate::control::{Control, Goal};
-use crate::device::{Device, QUICK, lock};
+use crate::device::{Device, QUICK, SLOTS, lock};
 use crate::ending::Ending;
 use crate::event_loop::EventLoop;
 use crate::kvm::{self, KvmError, ioctl};
-use crate::layout::{MAX_DEVICES, MAX_VCPUS, MMIO_START, SERIAL_GSI, VIRTIO_GSI};
+use crate::layout::{MAX_DEVICES, MAX_VCPUS, MMIO_START, SERIAL_GSI, VIRTIO_GSI, VIRTIO_LINES};
 use crate::memory::{self, MemoryError};
 use crate::microvm::Microvm;
 use crate::snapshot::{self, MicrovmState, SnapshotError, same};
@@ -57,7 +57,7 @@ pub enum BuildError {
     /// Too many or too few vCPUs.
     #[error("{0} vCPUs: it must be 1 to {MAX_VCPUS}")]
     Vcpus(u8),
-    /// More devices than interrupt lines.
+    /// More devices than there are places for.
     #[error("{0} virtio devices: {MAX_DEVICES} at most")]
     Devices(usize),
 }
@@ -85,7 +85,7 @@ impl MicrovmBuilder {
         self.device(Device::Fs(Arc::new(Mutex::new(fs))))
     }
 
-    /// Adds a disk.
+    /// Adds a disk, or a place for one: see [`Microvm::attach_disk`].
     #[must_use]
     pub fn block(self, block: Block) -> Self {
         self.device(Device::Block(Arc::new(Mutex::new(block))))
@@ -233,13 +233,13 @@ impl MicrovmBuilder {
     }
 }
 
-/// One thread for all devices that are soon done, one for each that is not, and one for all network interfaces, most
-/// of which are placeholders.
+/// One thread for all devices that are soon done, one for each that is not, one for all network interfaces, most of which
+/// are placeholders, and one for all places of disks, which are empty at first.
 fn threads(devices: &[Device]) -> Vec<(&'static str, Vec<SharedDevice>)> {
     let mut threads = vec![(QUICK, Vec::new())];
     for device in devices {
         let name = device.thread();
-        let shares = name == QUICK || matches!(device, Device::Net(_));
+        let shares = name == QUICK || matches!(device, Device::Net(_)) || name == SLOTS;
         match threads.iter_mut().find(|(other, _)| shares && *other == name) {
             Some((_, devices)) => devices.push(device.shared()),
             None => threads.push((name, vec![device.shared()])),
@@ -259,7 +259,8 @@ struct Frame {
 
 fn windows(count: usize) -> Vec<Window> {
     let addresses = (MMIO_START..).step_by(WINDOW as usize);
-    addresses.zip(VIRTIO_GSI..).take(count).map(|(address, gsi)| Window { address, gsi }).collect()
+    let lines = (VIRTIO_GSI..VIRTIO_GSI + VIRTIO_LINES).cycle();
+    addresses.zip(lines).take(count).map(|(address, gsi)| Window { address, gsi }).collect()
 }
 
 /// An eventfd that raises interrupt line `gsi`.

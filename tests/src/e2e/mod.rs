@@ -10,6 +10,7 @@ mod bootstrap;
 mod containerd;
 mod context;
 mod crio;
+mod disk;
 mod docker;
 mod failing;
 mod guest;
@@ -101,7 +102,7 @@ pub fn cases(boot: Boot, long: bool) -> Vec<Case> {
     tables.iter().copied().flatten().flat_map(rows).collect()
 }
 
-const FIRST: &[Table] = &[boot::CASES, agent::CASES, snapshot::CASES, network::CASES];
+const FIRST: &[Table] = &[boot::CASES, agent::CASES, snapshot::CASES, network::CASES, disk::CASES];
 const LAST: &[Table] =
     &[oci::CASES, limits::CASES, idmap::CASES, failing::CASES, hostile::CASES, survive::CASES, user::CASES];
 const ENGINES: &[Table] = &[
