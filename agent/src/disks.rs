@@ -5,7 +5,10 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+
+use katavm_protocol::agent::AttachDiskResponse;
 
 use crate::error::Error;
 
@@ -16,7 +19,7 @@ const DRIVER: &str = "/sys/bus/platform/drivers/virtio-mmio";
 ///
 /// # Errors
 /// That there is no such place, that it is empty, or has something else.
-pub fn attach(place: u32) -> Result<PathBuf, Error> {
+pub fn attach(place: u32) -> Result<AttachDiskResponse, Error> {
     let name = name(place);
     let device = device(place)?;
     if !device.join("driver").exists() {
@@ -29,7 +32,8 @@ pub fn attach(place: u32) -> Result<PathBuf, Error> {
     block_device(&device).map_err(|error| Error::io(format_args!("no disk appeared at {name}"), error))
 }
 
-/// Unbinds the driver from `place`, if it is bound: the disk is gone then, and with it what was not written.
+/// Unbinds the driver from `place`, if it is bound: the disk is gone then, also for who still has it
+/// open.
 ///
 /// # Errors
 /// That there is no such place, or that the kernel does not let go.
@@ -38,6 +42,8 @@ pub fn detach(place: u32) -> Result<(), Error> {
     if !device(place)?.join("driver").exists() {
         return Ok(());
     }
+    // A file system that is mounted still gets what it has not written yet to the disk.
+    nix::unistd::sync();
     fs::write(Path::new(DRIVER).join("unbind"), &name)
         .map_err(|error| Error::io(format_args!("cannot unbind the driver from {name}"), error))
 }
@@ -51,15 +57,22 @@ fn device(place: u32) -> Result<PathBuf, Error> {
     if device.exists() { Ok(device) } else { Err(Error::NotFound(format!("the machine has no place {place}"))) }
 }
 
-/// The node of the only disk below `device`: `virtio<n>/block/<name>`.
-fn block_device(device: &Path) -> io::Result<PathBuf> {
+/// The only disk below `device`: `virtio<n>/block/<name>`.
+fn block_device(device: &Path) -> io::Result<AttachDiskResponse> {
     for entry in fs::read_dir(device)? {
         let entry = entry?;
         if entry.file_name().to_string_lossy().starts_with("virtio")
             && let Ok(mut disks) = fs::read_dir(entry.path().join("block"))
             && let Some(disk) = disks.next()
         {
-            return Ok(Path::new("/dev").join(disk?.file_name()));
+            let node = Path::new("/dev").join(disk?.file_name());
+            let numbers = fs::metadata(&node)?.rdev();
+            return Ok(AttachDiskResponse {
+                device: node.to_string_lossy().into(),
+                major: libc::major(numbers),
+                minor: libc::minor(numbers),
+                ..Default::default()
+            });
         }
     }
     Err(io::ErrorKind::NotFound.into())

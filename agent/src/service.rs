@@ -81,8 +81,7 @@ impl Agent for Service {
     }
 
     async fn attach_disk(&self, _: &TtrpcContext, request: DiskRequest) -> Result<AttachDiskResponse> {
-        let device = to_its_end(async move { blocking(move || disks::attach(request.place)).await? }).await?;
-        Ok(AttachDiskResponse { device: device.to_string_lossy().into(), ..Default::default() })
+        to_its_end(async move { blocking(move || disks::attach(request.place)).await? }).await.map_err(Into::into)
     }
 
     async fn detach_disk(&self, _: &TtrpcContext, request: DiskRequest) -> Result<Empty> {

@@ -404,7 +404,7 @@ fn a_sparse_file_stays_sparse() {
     let mut disk = Disk { machine, device, file };
     for sector in [0, 1 << 20, (1 << 31) - 8] {
         assert_eq!(disk.request(0, OUT, sector, DATA, 4096, 4096), OK);
-        assert_eq!(disk.request(0, IN, sector + 8 & !(1 << 31), DATA, 4096, 4096), OK);
+        assert_eq!(disk.request(0, IN, (sector + 8) & !(1 << 31), DATA, 4096, 4096), OK);
     }
     assert!(disk.file.metadata().unwrap().blocks() <= 3 * 64, "{}", disk.file.metadata().unwrap().blocks());
     let segment = [&[0; 8][..], &8_u32.to_le_bytes(), &[0; 4]].concat();

@@ -155,7 +155,8 @@ fn boot(launch: &Launch, stand_in: &StandIn, share: FsShare) -> anyhow::Result<(
     let netns = stand_in.netns.as_ref().map(OwnedFd::try_clone).transpose().context("cannot duplicate a descriptor")?;
     let (network, nets) = netns.map(GuestNetwork::new).transpose()?.unzip();
     let nets = nets.unwrap_or_default();
-    let started = vm::boot(Boot { image: launch.image.clone(), size: launch.plan.size, share, nets, console })?;
+    let disks = launch.plan.disks.len();
+    let started = vm::boot(Boot { image: launch.image.clone(), size: launch.plan.size, share, nets, disks, console })?;
     Ok((started, network))
 }
 
@@ -239,6 +240,7 @@ impl Work<'_> {
                         id: self.launch.id.to_string(),
                         spec: self.launch.plan.guest_spec.clone(),
                         exports: self.launch.plan.exports.clone(),
+                        disks: self.launch.plan.disks.clone(),
                         io,
                         link: Some(link),
                         journal: outside.journal,

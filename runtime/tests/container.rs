@@ -246,6 +246,7 @@ fn run(setup: Setup, program: impl FnOnce(HashMap<i32, UnixStream>, &Guest) -> u
             id: "c1".into(),
             spec: b"{}".to_vec(),
             exports: Vec::new(),
+            disks: Vec::new(),
             io,
             link: None,
             journal,

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use katavm_protocol::agent::Exit;
 use oci_spec::runtime::LinuxResources;
 
+use super::disks::Disks;
 use super::watch::Kills;
 use super::{Phase, PodError, Process};
 use crate::host::{self, Cgroup};
@@ -14,12 +15,19 @@ use crate::sandbox::blocking;
 use crate::sandbox::share::Exports;
 use crate::state::{Journal, Record, Status};
 
+/// What of the host a container has while it lives.
+pub(super) struct Held {
+    /// Files.
+    pub exports: Exports,
+    /// Disks.
+    pub disks: Disks,
+}
+
 /// A container that was made.
 pub struct Container {
     id: String,
     init: Arc<Process>,
-    /// What of the host it sees while it lives.
-    exports: Mutex<Option<Exports>>,
+    held: Mutex<Option<Held>>,
     /// By exec id; nothing while it is being made.
     execs: Mutex<HashMap<String, Option<Arc<Process>>>>,
     journal: Mutex<Journal>,
@@ -35,7 +43,7 @@ impl Container {
     pub(super) fn new(
         id: String,
         init: Arc<Process>,
-        exports: Exports,
+        held: Held,
         journal: Journal,
         cgroup: Option<Cgroup>,
         is_first: bool,
@@ -43,7 +51,7 @@ impl Container {
         let container = Self {
             id,
             init,
-            exports: Mutex::new(Some(exports)),
+            held: Mutex::new(Some(held)),
             execs: Mutex::default(),
             journal: Mutex::new(journal),
             cgroup,
@@ -149,8 +157,11 @@ impl Container {
             () = started => {}
         }
         // Before anybody hears of the end: engines unmount these at once.
-        let exports = self.exports.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let _ = tokio::task::spawn_blocking(move || drop(exports)).await;
+        let held = self.held.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(Held { exports, mut disks }) = held {
+            let _ = tokio::task::spawn_blocking(move || drop(exports)).await;
+            disks.detach().await;
+        }
         self.note(Status::Stopped);
         self.init.dismiss_stand_in().await;
     }

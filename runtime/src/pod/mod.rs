@@ -1,6 +1,7 @@
 //! A pod: the containers that share one sandbox, and what is done to them while the sandbox lives.
 
 mod container;
+mod disks;
 mod forward;
 mod io;
 mod names;
@@ -26,11 +27,14 @@ use crate::link::Link;
 use crate::network::NetworkError;
 use crate::process::terminal::TerminalError;
 use crate::sandbox::agent::{Agent, AgentError, GuestProcess};
-use crate::sandbox::plan::Export;
+use crate::sandbox::plan::{Disk, Export};
 use crate::sandbox::share::{Exports, ShareError};
 use crate::sandbox::{Sandbox, SandboxError};
 use crate::state::{Journal, Status};
 pub use container::Container;
+use container::Held;
+pub use disks::DiskError;
+use disks::Disks;
 pub use io::Io;
 pub use network::Network;
 pub use process::{Phase, Process};
@@ -82,6 +86,9 @@ pub enum PodError {
     /// What of the host it is to see.
     #[error(transparent)]
     Share(#[from] ShareError),
+    /// What it is to have as disks.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// The process that stands for it on the host.
     #[error("the container's stand-in on the host: {0}")]
     StandIn(String),
@@ -101,6 +108,8 @@ pub struct NewContainer {
     pub spec: Vec<u8>,
     /// What of the host it sees.
     pub exports: Vec<Export>,
+    /// What of the host it has as disks.
+    pub disks: Vec<Disk>,
     /// The streams of its first process.
     pub io: Io,
     /// To its stand-in.
@@ -186,18 +195,22 @@ impl Pod {
     /// # Errors
     /// Any [`PodError`]; nothing is left of it then.
     pub async fn create(self: &Arc<Self>, new: NewContainer) -> Result<Arc<Process>, PodError> {
-        let NewContainer { id, spec, exports, io, link, journal, cgroup, is_first } = new;
+        let NewContainer { id, mut spec, exports, disks, io, link, journal, cgroup, is_first } = new;
         if self.containers().contains_key(&id) {
             return Err(PodError::Exists(format!("container {id}")));
         }
         let shared = Exports::add(&self.share, &exports)?;
+        let mut disks = Disks::attach(&self.sandbox, &self.agent, &disks, &mut spec).await?;
         let request = CreateContainerRequest {
             container_id: id.clone(),
             spec,
             stdio: Some(io.wanted()).into(),
             ..Default::default()
         };
-        self.agent.create_container(&request).await?;
+        if let Err(error) = self.agent.create_container(&request).await {
+            disks.detach().await;
+            return Err(error.into());
+        }
         let connected = async {
             let process = Process::connect(&self.sandbox, &self.agent, &id, "", io, link).await?;
             process.settle_stand_in().await?;
@@ -208,10 +221,12 @@ impl Pod {
             Err(error) => {
                 // Its making failed in the middle; why is in `error`.
                 drop(self.agent.remove_container(&id).await);
+                disks.detach().await;
                 return Err(error);
             }
         };
-        let container = Arc::new(Container::new(id.clone(), Arc::clone(&process), shared, journal, cgroup, is_first));
+        let held = Held { exports: shared, disks };
+        let container = Arc::new(Container::new(id.clone(), Arc::clone(&process), held, journal, cgroup, is_first));
         self.containers().insert(id, Arc::clone(&container));
         self.alive.send_modify(|alive| *alive += 1);
         let pod = Arc::clone(self);

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 pub use katavm_protocol::agent::Process as GuestProcess;
 use katavm_protocol::agent::{
-    CheckRequest, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, CreateExecRequest,
-    CreateSandboxRequest, Empty, Event, Exit, ProcessRequest, ResizeTerminalRequest, SignalRequest, StatsResponse,
-    UpdateContainerRequest,
+    AttachDiskResponse, CheckRequest, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest,
+    CreateExecRequest, CreateSandboxRequest, DiskRequest, Empty, Event, Exit, ProcessRequest, ResizeTerminalRequest,
+    SignalRequest, StatsResponse, UpdateContainerRequest,
 };
 use katavm_protocol::agent_ttrpc::AgentClient;
 use tokio::time::timeout;
@@ -106,6 +106,23 @@ impl Agent {
     /// Any [`AgentError`].
     pub async fn configure_network(&self, request: &ConfigureNetworkRequest) -> Result<(), AgentError> {
         within(PATIENCE, self.client.configure_network(deadline(PATIENCE), request)).await?;
+        Ok(())
+    }
+
+    /// Has the guest look at a place that was given a disk.
+    ///
+    /// # Errors
+    /// Any [`AgentError`].
+    pub async fn attach_disk(&self, place: usize) -> Result<AttachDiskResponse, AgentError> {
+        within(PATIENCE, self.client.attach_disk(deadline(PATIENCE), &disk(place))).await
+    }
+
+    /// Has the guest let go of the disk at a place.
+    ///
+    /// # Errors
+    /// Any [`AgentError`].
+    pub async fn detach_disk(&self, place: usize) -> Result<(), AgentError> {
+        within(PATIENCE, self.client.detach_disk(deadline(PATIENCE), &disk(place))).await?;
         Ok(())
     }
 
@@ -268,6 +285,10 @@ impl Events {
             }
         }
     }
+}
+
+fn disk(place: usize) -> DiskRequest {
+    DiskRequest { place: u32::try_from(place).unwrap_or(u32::MAX), ..Default::default() }
 }
 
 fn container(id: &str) -> ContainerRequest {

@@ -86,6 +86,22 @@ pub struct Export {
     pub id_map: Option<IdMap>,
 }
 
+/// A block device or image file of the host that the guest has as a disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// Which of the container's mounts it is.
+    pub mount: usize,
+    /// On the host.
+    pub path: PathBuf,
+    /// Whether the guest may not change it.
+    pub read_only: bool,
+    /// It is the device itself that is mounted, not a file system on it.
+    pub is_node: bool,
+}
+
+/// File systems on disks that the guest's kernel has.
+const FILE_SYSTEMS: [&str; 4] = ["ext2", "ext3", "ext4", "erofs"];
+
 /// Everything that is decided beforehand.
 #[derive(Clone, Debug)]
 pub struct Plan {
@@ -93,6 +109,8 @@ pub struct Plan {
     pub size: Size,
     /// What is shared, the root file system first.
     pub exports: Vec<Export>,
+    /// What the guest has as disks.
+    pub disks: Vec<Disk>,
     /// config.json for the agent.
     pub guest_spec: Vec<u8>,
     /// Whether the container's process has a terminal.
@@ -129,8 +147,13 @@ impl Plan {
             root.set_path(Path::new(SHARED).join(&rootfs));
         }
         let mut exports = vec![Export { name: rootfs, path: bundle.rootfs.clone(), read_only: false, id_map: None }];
+        let mut disks = Vec::new();
         if let Some(mounts) = spec.mounts_mut() {
             for (index, mount) in mounts.iter_mut().enumerate() {
+                if let Some(disk) = disk(mount, index, &bundle.path)? {
+                    disks.push(disk);
+                    continue;
+                }
                 let id_map = id_map(mount, index, &bundle.spec)?;
                 let export = share(id, mount, index, &bundle.path)?;
                 if export.is_none() && id_map.is_some() {
@@ -151,7 +174,7 @@ impl Plan {
         let view = View { rootfs: bundle.rootfs.clone(), volumes };
         strip(&mut spec, shared);
         let terminal = spec.process().as_ref().and_then(|process| process.terminal()).unwrap_or_default();
-        Ok(Self { size, exports, guest_spec: serde_json::to_vec(&spec)?, terminal, view })
+        Ok(Self { size, exports, disks, guest_spec: serde_json::to_vec(&spec)?, terminal, view })
     }
 }
 
@@ -181,6 +204,39 @@ fn id_map(mount: &Mount, index: usize, spec: &Spec) -> Result<Option<IdMap>, Pla
         }
         _ => Err(PlanError::IdMap { index, reason: "there is not both a map of users and one of groups" }),
     }
+}
+
+/// What of a mount the guest can have as a disk: a file system on a block device or in an image, or a block device itself.
+fn disk(mount: &mut Mount, index: usize, bundle: &Path) -> Result<Option<Disk>, PlanError> {
+    let options = mount.options().clone().unwrap_or_default();
+    let has = |option: &str| options.iter().any(|other| other == option);
+    let kind = mount.typ().as_deref().unwrap_or_default();
+    let is_node = kind == "bind" || has("bind") || has("rbind");
+    let Some(source) = mount.source().as_ref().filter(|_| is_node || FILE_SYSTEMS.contains(&kind)) else {
+        return Ok(None);
+    };
+    let path = bundle.join(source);
+    let found = match host::open_shared(&path) {
+        Ok((_, found)) => found,
+        // That there is nothing to be bound is told elsewhere.
+        Err(_) if is_node => return Ok(None),
+        Err(error) => {
+            let (destination, reason) = (mount.destination().clone(), system_message(&error));
+            return Err(PlanError::Source { source_path: path, destination, reason });
+        }
+    };
+    let read_only = has("ro") || has("rro") || kind == "erofs";
+    match (is_node, found) {
+        (_, FileKind::BlockDevice) => {}
+        (false, FileKind::Regular) => {
+            // As mount(8) takes it: an image is a disk in any case here.
+            let options = options.iter().filter(|option| !option.starts_with("loop")).cloned().collect();
+            mount.set_options(Some(options));
+        }
+        (true, _) => return Ok(None),
+        (false, other) => return Err(PlanError::Special { index, source_path: path, kind: other.name() }),
+    }
+    Ok(Some(Disk { mount: index, path, read_only, is_node }))
 }
 
 /// Turns the source of a bind mount into a path of the guest; the export that this takes.
@@ -339,6 +395,23 @@ mod tests {
         let sources: Vec<_> = spec["mounts"].as_array().unwrap().iter().map(|m| m["source"].clone()).collect();
         assert_eq!(sources, ["proc", "/run/katavm/shared/c1.mount-1", "/run/katavm/shared/c1.mount-2", "/dev/zero"]);
         assert_eq!(spec["mounts"][1]["options"], json!(["rbind", "ro"]));
+    }
+
+    #[test]
+    fn file_systems_in_images_are_disks() {
+        let (plan, spec) = plan(json!([
+            { "destination": "/a", "type": "ext4", "source": "file", "options": ["loop", "noatime"] },
+            { "destination": "/b", "type": "erofs", "source": "file" },
+            { "destination": "/file", "source": "file", "options": ["bind"] },
+        ]));
+        let disks: Vec<_> = plan.disks.iter().map(|disk| (disk.mount, disk.read_only, disk.is_node)).collect();
+        assert_eq!(disks, [(0, false, false), (1, true, false)]);
+        assert_eq!(plan.exports.len(), 2, "the root and the last one");
+        assert_eq!(spec["mounts"][0]["options"], json!(["noatime"]));
+        let none = json!([{ "destination": "/a", "type": "ext4", "source": "data" }]);
+        assert!(error(none).contains("\"B/data\" is a directory"));
+        let none = json!([{ "destination": "/a", "type": "ext4", "source": "gone" }]);
+        assert!(error(none).contains("stat B/gone: no such file"));
     }
 
     #[test]

@@ -30,6 +30,7 @@ pub fn member(
         id: record.id.to_string(),
         spec: plan.guest_spec,
         exports: plan.exports,
+        disks: plan.disks,
         io,
         link,
         journal: Journal::new(state, record),

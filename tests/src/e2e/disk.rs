@@ -1,9 +1,11 @@
 //! Disks: what a guest writes is what the host has, by both engines; limits, faults, and disks that come and go while
 //! it runs.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -11,8 +13,10 @@ use katavm_devices::block::{Block, BlockConfig, BlockOptions, EngineKind};
 use katavm_devices::rate::{Limits, Rate};
 use katavm_protocol::agent::DiskRequest;
 use katavm_vmm::MicrovmBuilder;
+use serde_json::json;
 
 use super::guest::{Guest, Running};
+use super::run::{bundle, katavm};
 use super::{Context, Table, Verdict};
 
 /// The table.
@@ -23,6 +27,7 @@ pub const CASES: Table = (
         ("a_host_that_fails_gives_the_guest_errors", faults),
         ("disks_come_and_go_beside_one_that_works", plug),
         ("a_disk_leaves_under_a_guest_that_uses_it", surprise),
+        ("a_container_mounts_file_systems_in_images", volumes),
     ],
 );
 
@@ -120,7 +125,7 @@ fn written(context: &Context) -> Result<Verdict> {
         File::open(file)?.read_exact_at(&mut bytes, 0)?;
         let copy = context.scratch().join("copy");
         fs::write(&copy, bytes)?;
-        let host = std::process::Command::new("sha256sum").stdin(File::open(&copy)?).output()?.stdout;
+        let host = Command::new("sha256sum").stdin(File::open(&copy)?).output()?.stdout;
         ensure!(
             sum.as_bytes() == host,
             "{device}: the guest wrote {sum}, the file has {}",
@@ -269,5 +274,36 @@ fn surprise(context: &Context) -> Result<Verdict> {
         detach(&guest, place)?;
     }
     guest.end()?;
+    Ok(Verdict::Passed)
+}
+
+/// `katavm run` with file systems in images, which the guest mounts by itself.
+fn volumes(context: &Context) -> Result<Verdict> {
+    let (content, ext4, erofs) =
+        ["content", "volume.ext4", "layer.erofs"].map(|name| context.scratch().join(name)).into();
+    fs::create_dir(&content)?;
+    fs::write(content.join("hello"), "from the host\n")?;
+    image(context, "volume.ext4", 8)?;
+    for (program, args) in [
+        ("mkfs.ext4", [OsStr::new("-qd"), content.as_ref(), ext4.as_ref()].as_slice()),
+        ("mkfs.erofs", &["--quiet".as_ref(), erofs.as_ref(), content.as_ref()]),
+    ] {
+        let made = Command::new(program).args(args).output()?;
+        ensure!(made.status.success(), "{program}: {}", String::from_utf8_lossy(&made.stderr));
+    }
+    let script = "cat /volume/hello /layer/hello; echo from the guest > /volume/answer; \
+                  grep -c '^/dev/vd.* \\(ext4 rw\\|erofs ro\\)' /proc/mounts; echo x > /layer/x 2>/dev/null || echo read-only";
+    let mount = |to: &str, kind: &str, source: &Path| json!({"destination": to, "type": kind, "source": source, "options": ["loop"]});
+    let bundle = bundle(context, &["sh", "-c", script], |config| {
+        if let Some(mounts) = config["mounts"].as_array_mut() {
+            mounts.extend([mount("/volume", "ext4", &ext4), mount("/layer", "erofs", &erofs)]);
+        }
+    })?;
+    let output = katavm::run(context, &bundle, b"")?;
+    katavm::expect(&output, 0, "from the host\nfrom the host\n2\nread-only\n", "")?;
+    let answer = Command::new("debugfs").arg("-R").arg("cat answer").arg(&ext4).output()?;
+    ensure!(answer.stdout == b"from the guest\n", "{answer:?}");
+    let check = Command::new("e2fsck").arg("-fn").arg(&ext4).output()?;
+    ensure!(check.status.success(), "{}", String::from_utf8_lossy(&check.stdout));
     Ok(Verdict::Passed)
 }
