@@ -22,6 +22,7 @@ pub mod server;
 pub mod service;
 pub mod streams;
 pub mod transport;
+pub mod volume;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

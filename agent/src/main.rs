@@ -4,14 +4,18 @@
 //! as they are in a guest without a console.
 #![no_main]
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use katavm_agent::{end, helper, server};
 
 /// Called by the C runtime. Arguments are read by `std::env`, which has them without Rust's own entry.
 #[unsafe(no_mangle)]
 pub extern "C" fn main(_argc: i32, _argv: *const *const std::ffi::c_char) -> i32 {
-    let mut arguments = std::env::args_os().skip(1);
+    let mut arguments = std::env::args_os();
+    let program = PathBuf::from(arguments.next().unwrap_or_default());
+    if helper::id_map::is_id_map(&program) {
+        return helper::id_map::run(&program, arguments);
+    }
     let name = arguments.next().unwrap_or_default();
     match (name.to_str(), arguments.next()) {
         (Some(name), Some(directory)) if helper::is_helper(name) => helper::run(Path::new(&directory)),

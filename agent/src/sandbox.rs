@@ -1,19 +1,25 @@
 //! What a fresh guest is told about itself: name, clock, randomness, shared files.
 
-use std::fs::OpenOptions;
+use std::fs::{DirBuilder, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::Path;
 
-use katavm_protocol::agent::CreateSandboxRequest;
+use katavm_protocol::agent::{CreateSandboxRequest, Tmpfs};
 use nix::errno::Errno;
-use nix::mount::{MsFlags, mount};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_settime};
+use oci_spec::runtime::Spec;
 
 use crate::error::Error;
 
 /// Where the host's shared directory is mounted.
 pub const SHARED: &str = "/run/katavm/shared";
+
+/// Where file systems in memory are that containers share.
+const TMPFS: &str = "/run/katavm/tmpfs";
 
 /// Applies the request.
 ///
@@ -67,6 +73,47 @@ fn mount_shared(tag: &str) -> Result<(), Error> {
         Errno::EINVAL => Error::Invalid(format!("no virtio-fs device has the tag {tag:?}")),
         error => Error::io(format_args!("cannot mount the virtio-fs device {tag:?}"), error.into()),
     })
+}
+
+/// Makes a file system in memory that everybody may write to, unless it is there.
+///
+/// # Errors
+/// Why it cannot be mounted.
+pub fn make_tmpfs(tmpfs: &Tmpfs) -> Result<(), Error> {
+    if tmpfs.name.is_empty() || tmpfs.name.contains(['/', '.']) {
+        return Err(Error::Invalid(format!("{:?} is no name of a tmpfs", tmpfs.name)));
+    }
+    let path = Path::new(TMPFS).join(&tmpfs.name);
+    let made = DirBuilder::new().recursive(true).mode(0o700).create(TMPFS).and_then(|()| std::fs::create_dir(&path));
+    match made {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(()),
+        made => made.map_err(|error| Error::io(format_args!("cannot make {}", path.display()), error))?,
+    }
+    let (flags, options) = (MsFlags::MS_NOSUID | MsFlags::MS_NODEV, format!("mode=1777,size={}", tmpfs.size));
+    mount(Some("shm"), &path, Some("tmpfs"), flags, Some(options.as_str())).map_err(|error| {
+        // Otherwise the directory would be taken for it.
+        let _ = std::fs::remove_dir(&path);
+        Error::io(format_args!("cannot mount a tmpfs of {} bytes", tmpfs.size), error.into())
+    })
+}
+
+/// Has the kernel mount the shared directories that bind mounts of a container are made of, here and not in the mount
+/// namespace of the container: there each container would have a file system of its own, and a socket or a lock of one
+/// would not be that of the other.
+pub fn mount_shared_sources(spec: &Spec) {
+    let sources = spec.mounts().iter().flatten().filter_map(|mount| mount.source().as_deref());
+    for source in sources.filter(|source| source.starts_with(SHARED)) {
+        // A file is no directory; whatever else is wrong is told when it is mounted.
+        let _ = OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW).open(source);
+    }
+}
+
+/// Unmounts entries of the shared directory that the host has taken away. The kernel has mounted them by itself.
+pub fn unmount_shared(names: &[String]) {
+    for name in names.iter().filter(|name| !name.contains('/')) {
+        // A file was not mounted, and a look at the missing name may have been enough.
+        let _ = umount2(format!("{SHARED}/{name}").as_str(), MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
+    }
 }
 
 /// Credits `bytes` to the kernel's random pool and reseeds from it (random(4): RNDADDENTROPY, RNDRESEEDCRNG).

@@ -5,9 +5,10 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use katavm_protocol::agent::{
-    AttachDiskResponse, CheckRequest, CheckResponse, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest,
-    CreateExecRequest, CreateSandboxRequest, DiskRequest, Empty, Event, ListProcessesResponse, ProcessRequest,
-    ProcessResponse, ResizeTerminalRequest, SignalRequest, StatsResponse, UpdateContainerRequest, WaitResponse,
+    AttachDiskRequest, AttachDiskResponse, CheckRequest, CheckResponse, ConfigureNetworkRequest, ContainerRequest,
+    CreateContainerRequest, CreateExecRequest, CreateSandboxRequest, DetachDiskRequest, Empty, Event,
+    ListProcessesResponse, ProcessRequest, ProcessResponse, RemoveContainerRequest, ResizeTerminalRequest,
+    SetVolumeRequest, SignalRequest, StatsResponse, UpdateContainerRequest, WaitResponse,
 };
 use katavm_protocol::agent_ttrpc::Agent;
 use katavm_protocol::reset::RESET_ORDERLY;
@@ -23,6 +24,7 @@ use crate::names::Names;
 use crate::network;
 use crate::sandbox;
 use crate::server::kernel_release;
+use crate::volume;
 
 /// How long first processes have between SIGTERM and SIGKILL when the sandbox ends.
 const GRACE: Duration = Duration::from_secs(2);
@@ -80,11 +82,11 @@ impl Agent for Service {
         Ok(Empty::new())
     }
 
-    async fn attach_disk(&self, _: &TtrpcContext, request: DiskRequest) -> Result<AttachDiskResponse> {
-        to_its_end(async move { blocking(move || disks::attach(request.place)).await? }).await.map_err(Into::into)
+    async fn attach_disk(&self, _: &TtrpcContext, request: AttachDiskRequest) -> Result<AttachDiskResponse> {
+        to_its_end(async move { blocking(move || disks::attach(&request)).await? }).await.map_err(Into::into)
     }
 
-    async fn detach_disk(&self, _: &TtrpcContext, request: DiskRequest) -> Result<Empty> {
+    async fn detach_disk(&self, _: &TtrpcContext, request: DetachDiskRequest) -> Result<Empty> {
         to_its_end(async move { blocking(move || disks::detach(request.place)).await? }).await?;
         Ok(Empty::new())
     }
@@ -110,14 +112,30 @@ impl Agent for Service {
         Ok(ProcessResponse { pid, ..Default::default() })
     }
 
+    async fn set_volume(&self, _: &TtrpcContext, request: SetVolumeRequest) -> Result<Empty> {
+        to_its_end(async move {
+            let set = tokio::task::spawn_blocking(move || volume::set(&request)).await;
+            set.map_err(|error| Error::Internal(error.to_string()))?
+        })
+        .await?;
+        Ok(Empty::new())
+    }
+
     async fn start_container(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {
         self.containers.process(&request.container_id, "")?.start()?;
         Ok(Empty::new())
     }
 
-    async fn remove_container(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {
+    async fn remove_container(&self, _: &TtrpcContext, request: RemoveContainerRequest) -> Result<Empty> {
         let containers = Arc::clone(&self.containers);
-        to_its_end(async move { containers.remove(&request.container_id).await }).await?;
+        to_its_end(async move {
+            let removed = containers.remove(&request.container_id).await;
+            // Whatever became of the container: nobody else will see these.
+            sandbox::unmount_shared(&request.unshared);
+            volume::remove(&request.volumes);
+            removed
+        })
+        .await?;
         Ok(Empty::new())
     }
 

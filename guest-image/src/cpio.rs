@@ -11,6 +11,7 @@ const MAGIC: &str = "070701";
 const TRAILER: &str = "TRAILER!!!";
 const DIRECTORY: u32 = 0o040_000;
 const REGULAR: u32 = 0o100_000;
+const LINK: u32 = 0o120_000;
 const CHARACTER_DEVICE: u32 = 0o020_000;
 
 /// Why an entry cannot be archived.
@@ -74,6 +75,14 @@ impl Archive {
         self.add(name.as_ref(), CHARACTER_DEVICE | permissions, device, &[])
     }
 
+    /// Adds a symbolic link to `target`.
+    ///
+    /// # Errors
+    /// When `name` is not usable.
+    pub fn link(&mut self, name: impl AsRef<Path>, target: &str) -> Result<(), Error> {
+        self.add(name.as_ref(), LINK | 0o777, (0, 0), target.as_bytes())
+    }
+
     /// Ends the archive and returns its bytes.
     #[must_use]
     pub fn finish(mut self) -> Vec<u8> {
@@ -128,6 +137,7 @@ mod tests {
         archive.character_device("dev/console", 0o600, (5, 1)).unwrap();
         archive.file("init", 0o755, b"hello").unwrap();
         archive.file("empty", 0o644, b"").unwrap();
+        archive.link("other", "/init").unwrap();
         archive.finish()
     }
 
@@ -151,7 +161,13 @@ mod tests {
             lines.iter().map(|line| [&line[..4], &line[line.len() - 1..]].concat().join(" ")).collect();
         assert_eq!(
             heads,
-            ["drwxr-xr-x 2 0 0 dev", "crw------- 1 0 0 dev/console", "-rwxr-xr-x 1 0 0 init", "-rw-r--r-- 1 0 0 empty"]
+            [
+                "drwxr-xr-x 2 0 0 dev",
+                "crw------- 1 0 0 dev/console",
+                "-rwxr-xr-x 1 0 0 init",
+                "-rw-r--r-- 1 0 0 empty",
+                "lrwxrwxrwx 1 0 0 /init"
+            ]
         );
         assert!(listing.contains(" 5,   1 "), "console is not 5:1 in\n{listing}");
     }

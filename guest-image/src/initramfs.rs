@@ -14,7 +14,7 @@ use crate::support::{packages, step};
 const AGENT: &str = "katavm-agent";
 /// Stated outright: only with a target of its own does `crt-static` spare build scripts and procedural macros.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
-const RECIPE: &str = "initramfs 1";
+const RECIPE: &str = "initramfs 2";
 
 /// The archive's name in the folder that [`build`] returns.
 pub const FILE: &str = "initramfs";
@@ -32,8 +32,8 @@ pub fn build() -> Result<PathBuf> {
     })
 }
 
-/// The archive with `init` as `/init`: that, the console that the kernel opens for it, and the directories that it
-/// mounts or writes in.
+/// The archive with `init` as `/init`: that, the names of programs that it is as well, the console that the kernel opens
+/// for it, and the directories that it mounts or writes in.
 ///
 /// Not compressed: the kernel copies it out either way, and unpacking would be the dearest step of the boot.
 ///
@@ -41,12 +41,15 @@ pub fn build() -> Result<PathBuf> {
 /// When `init` is 4 GiB or more.
 pub fn pack(init: &[u8]) -> Result<Vec<u8>> {
     let mut archive = Archive::new();
-    for mount_point in ["dev", "proc", "run", "sys"] {
+    for mount_point in ["bin", "dev", "proc", "run", "sys"] {
         archive.directory(mount_point, 0o755)?;
     }
     archive.directory("tmp", 0o1777)?;
     archive.character_device("dev/console", 0o600, (5, 1))?;
     archive.file("init", 0o755, init)?;
+    for name in ["newuidmap", "newgidmap"] {
+        archive.link(Path::new("bin").join(name), "/init")?;
+    }
     Ok(archive.finish())
 }
 

@@ -9,6 +9,7 @@ use oci_spec::runtime::{LinuxMemory, LinuxNamespace, LinuxNamespaceType, LinuxRe
 use rustix::process::{Pid, geteuid};
 
 use crate::config::{Bundle, ConfigError};
+use crate::cri::sandbox_resources;
 use crate::host::{self, Cgroup};
 use crate::limits;
 use crate::membership::{self, Membership, MembershipError};
@@ -75,8 +76,8 @@ pub struct Options {
     pub initrd: Option<PathBuf>,
     /// Copy the guest's console to standard error.
     pub console: bool,
-    /// systemd makes the control group.
-    pub systemd_cgroup: bool,
+    /// Whether systemd makes the control group; where nobody says so, its path tells.
+    pub systemd_cgroup: Option<bool>,
 }
 
 impl Options {
@@ -192,8 +193,8 @@ impl Launch {
     /// [`LaunchError::Cgroup`].
     pub fn enter_cgroup(&self, stand_in: u32) -> Result<(), LaunchError> {
         let Some(cgroup) = &self.cgroup else { return Ok(()) };
-        let linux = self.bundle.spec.linux().as_ref();
-        let limits = host_limits(linux.and_then(|linux| linux.resources().as_ref()), &self.plan.size);
+        let resources = sandbox_resources(&self.bundle.spec);
+        let limits = host_limits(resources.as_deref(), &self.plan.size);
         let entered = cgroup.join(std::process::id()).and_then(|()| cgroup.join(stand_in));
         match entered.and_then(|()| cgroup.limit(&limits)) {
             // The user may have got a group, but not each controller.

@@ -2,6 +2,7 @@
 
 pub mod cli;
 pub mod config;
+pub mod cri;
 pub mod hooks;
 pub mod host;
 pub mod launch;

@@ -240,6 +240,8 @@ impl Work<'_> {
                         id: self.launch.id.to_string(),
                         spec: self.launch.plan.guest_spec.clone(),
                         exports: self.launch.plan.exports.clone(),
+                        tmpfs: self.launch.plan.tmpfs.clone(),
+                        replaced: self.launch.plan.replaced.clone(),
                         disks: self.launch.plan.disks.clone(),
                         io,
                         link: Some(link),

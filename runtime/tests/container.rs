@@ -14,8 +14,8 @@ use katavm_devices::fs::FsShare;
 use katavm_protocol::agent::{
     CheckRequest, CheckResponse, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, CreateExecRequest,
     CreateSandboxRequest, Empty, Event, Exit, ListProcessesResponse, ProcessRequest, ProcessResponse, Ready,
-    ResizeTerminalRequest, SignalRequest, StatsResponse, Stdio, StreamHello, StreamKind, StreamReply,
-    UpdateContainerRequest, WaitResponse,
+    RemoveContainerRequest, ResizeTerminalRequest, SetVolumeRequest, SignalRequest, StatsResponse, Stdio, StreamHello,
+    StreamKind, StreamReply, UpdateContainerRequest, WaitResponse,
 };
 use katavm_protocol::agent_ttrpc::{Agent, create_agent};
 use katavm_protocol::{frame, ports};
@@ -150,7 +150,10 @@ impl Agent for Service {
         Ok(Empty::new())
     }
 
-    async fn remove_container(&self, _: &TtrpcContext, _: ContainerRequest) -> ttrpc::Result<Empty> {
+    async fn set_volume(&self, _: &TtrpcContext, _: SetVolumeRequest) -> ttrpc::Result<Empty> {
+        unimplemented!()
+    }
+    async fn remove_container(&self, _: &TtrpcContext, _: RemoveContainerRequest) -> ttrpc::Result<Empty> {
         unimplemented!()
     }
     async fn create_exec(&self, _: &TtrpcContext, _: CreateExecRequest) -> ttrpc::Result<ProcessResponse> {
@@ -246,6 +249,8 @@ fn run(setup: Setup, program: impl FnOnce(HashMap<i32, UnixStream>, &Guest) -> u
             id: "c1".into(),
             spec: b"{}".to_vec(),
             exports: Vec::new(),
+            tmpfs: Vec::new(),
+            replaced: Vec::new(),
             disks: Vec::new(),
             io,
             link: None,

@@ -30,6 +30,8 @@ pub async fn launch(
         .arg(task.name())
         .arg(directory)
         .env_clear()
+        // Where the initramfs has newuidmap and newgidmap.
+        .env("PATH", "/bin")
         .stdin(stream(pipes.stdin))
         .stdout(stream(pipes.stdout))
         .stderr(stream(pipes.stderr))

@@ -102,6 +102,8 @@ impl Containers {
         for (name, value) in spec::take_network_sysctls(&mut spec) {
             sandbox::set_sysctl(&name, &value)?;
         }
+        request.tmpfs.iter().try_for_each(sandbox::make_tmpfs)?;
+        sandbox::mount_shared_sources(&spec);
         spec::join_namespaces(&mut spec, |other| Ok(self.process(other, "")?.pid))?;
         let copy_up = spec::take_copy_ups(&mut spec);
         let directory = Directory::make(Path::new(super::DIR))

@@ -33,6 +33,8 @@ pub fn adapt(json: &[u8], cgroup: PathBuf) -> Result<Spec, Error> {
         return Err(Error::Invalid("linux.seccomp.listenerPath: a listener on the host cannot serve a guest".into()));
     }
     linux.set_cgroups_path(Some(cgroup));
+    let propagation = linux.rootfs_propagation().as_deref().map(root_propagation).transpose()?;
+    linux.set_rootfs_propagation(propagation.map(String::from));
     // The guest's network is the container's network: the virtual machine is the namespace.
     let namespaces = linux.namespaces().clone().unwrap_or_default();
     let kept = namespaces.into_iter().filter(|namespace| namespace.typ() != LinuxNamespaceType::Network);
@@ -47,6 +49,15 @@ pub fn adapt(json: &[u8], cgroup: PathBuf) -> Result<Spec, Error> {
     let hooks = start.and_then(|start| HooksBuilder::default().start_container(start).build().ok());
     spec.set_hooks(hooks);
     Ok(spec)
+}
+
+/// The name that libcontainer has for a propagation of the root mount: it knows the plain ones only, and means all mounts
+/// below by them.
+fn root_propagation(name: &str) -> Result<&str, Error> {
+    match name.strip_prefix('r').unwrap_or(name) {
+        plain @ ("shared" | "slave" | "private" | "unbindable") => Ok(plain),
+        _ => Err(Error::Invalid(format!("linux.rootfsPropagation {name:?} is none of mount_namespaces(7)"))),
+    }
 }
 
 /// Finds the namespaces that are shared with other containers, by the pid of the first process of each.
@@ -180,6 +191,19 @@ mod tests {
                       "cgroupsPath": "/user.slice/c1"},
             "hooks": {"prestart": [{"path": "/bin/host"}]}
         })
+    }
+
+    #[test]
+    fn propagations_have_plain_names() {
+        for (given, plain) in [("rslave", "slave"), ("shared", "shared"), ("runbindable", "unbindable")] {
+            let mut json = minimal();
+            json["linux"]["rootfsPropagation"] = given.into();
+            let spec = adapted(json).unwrap();
+            assert_eq!(spec.linux().as_ref().unwrap().rootfs_propagation().as_deref(), Some(plain));
+        }
+        let mut json = minimal();
+        json["linux"]["rootfsPropagation"] = "rx".into();
+        assert!(adapted(json).unwrap_err().to_string().contains("linux.rootfsPropagation"));
     }
 
     #[test]

@@ -8,6 +8,7 @@ mod copy_up;
 mod create;
 mod cwd;
 mod exec;
+pub mod id_map;
 mod inside;
 mod lookup;
 mod program;

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use ttrpc::Code;
 
 use super::client::{
-    Agent, Outcome, Streams, all_streams, connect, container, ids, process, read_all, soon, spec, write_all,
+    Agent, Outcome, Streams, all_streams, connect, container, ids, process, read_all, removal, soon, spec, write_all,
 };
 
 macro_rules! cases {
@@ -80,7 +80,7 @@ async fn case(agent: &Agent, name: &str, body: impl Future<Output = ()>) {
     println!("{word} {name} {} ms", start.elapsed().as_millis());
     if word != "ok" {
         // What a failed case has left must not fail the next.
-        let _ = agent.client.remove_container(soon(), &container("c1")).await;
+        let _ = agent.client.remove_container(soon(), &removal("c1")).await;
     }
 }
 
@@ -576,7 +576,7 @@ async fn ids_in_use(agent: &Agent) {
     let (code, _) = status(agent.create_exec("c1", "e1", &process(&["true"]), Stdio::new()).await.unwrap_err());
     assert_eq!(code, Code::ALREADY_EXISTS);
     agent.remove("c1").await;
-    let (code, _) = status(agent.client.remove_container(soon(), &container("c1")).await.unwrap_err());
+    let (code, _) = status(agent.client.remove_container(soon(), &removal("c1")).await.unwrap_err());
     assert_eq!(code, Code::NOT_FOUND);
 }
 

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use katavm_agent::transport::UNIX_DIR;
 use katavm_protocol::agent::{
-    ContainerRequest, CreateContainerRequest, CreateExecRequest, Empty, Exit, ProcessRequest, Ready, Stdio,
-    StreamHello, StreamKind, StreamReply,
+    ContainerRequest, CreateContainerRequest, CreateExecRequest, Empty, Exit, ProcessRequest, Ready,
+    RemoveContainerRequest, Stdio, StreamHello, StreamKind, StreamReply,
 };
 use katavm_protocol::agent_ttrpc::AgentClient;
 use katavm_protocol::{frame, ports};
@@ -89,6 +89,10 @@ pub fn ids(container: &str, exec: &str) -> ProcessRequest {
     ProcessRequest { container_id: container.into(), exec_id: exec.into(), ..Default::default() }
 }
 
+pub fn removal(id: &str) -> RemoveContainerRequest {
+    RemoveContainerRequest { container_id: id.into(), ..Default::default() }
+}
+
 pub fn container(id: &str) -> ContainerRequest {
     ContainerRequest { container_id: id.into(), ..Default::default() }
 }
@@ -160,7 +164,7 @@ impl Agent {
     }
 
     pub async fn remove(&self, id: &str) {
-        self.client.remove_container(soon(), &container(id)).await.expect("RemoveContainer");
+        self.client.remove_container(soon(), &removal(id)).await.expect("RemoveContainer");
     }
 
     pub async fn wait(&self, id: &str, exec: &str) -> Exit {

@@ -51,6 +51,12 @@ impl FsShare {
         self.inner.server.add_export(name, fd, options)
     }
 
+    /// Lets the guest change an export that was read-only, without a break for who uses it. False when there is none of
+    /// that name.
+    pub fn make_writable(&self, name: &str) -> bool {
+        self.inner.server.make_writable(name)
+    }
+
     /// Takes an export away and closes all its files; the guest gets ESTALE for them. False when there is none of that name.
     ///
     /// A guest that has it mounted should unmount it before.

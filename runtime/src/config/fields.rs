@@ -44,7 +44,7 @@ pub const TABLE: &[(&str, Fate)] = &[
     ("root.readonly", Guest("read-only for the container; the agent still makes mount points that are missing in it")),
     ("hostname", Guest("of the container's UTS namespace, without which it is refused, and of the guest")),
     ("domainname", Guest("of the container's UTS namespace, without which it is refused")),
-    ("annotations", Host("told by `state` and to hooks; CRI-O's name the sandbox to join; no other means anything to katavm")),
+    ("annotations", Host("told by `state` and to hooks; CRI-O's name the sandbox to join, those of containerd's CRI say how large a pod is; no other means anything to katavm")),
     ("process", Parts),
     ("process.terminal", Both("a pseudo terminal in the guest, whose bytes go to the one on the host")),
     ("process.consoleSize", Parts),
@@ -91,6 +91,7 @@ pub const TABLE: &[(&str, Fate)] = &[
     ("mounts[].type", Both("a bind mount is shared with the guest by virtio-fs, any other file system is one of the guest's kernel")),
     ("mounts[].source", Both(
         "of a bind mount: a folder or a file of the host; for /dev/null, zero, full, random, urandom and tty the guest's own; \
+         for /dev/shm an empty tmpfs becomes one of the guest; \
          a socket, a named pipe or another device is refused")),
     ("mounts[].options", Both(
         "in the guest, and `ro` on the host as well; `tmpcopyup` is done in the guest; `idmap` and `ridmap` are ignored, with a warning")),

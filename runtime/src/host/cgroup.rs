@@ -39,14 +39,16 @@ pub struct Cgroup {
 
 impl Cgroup {
     /// The control group that `linux.cgroupsPath` asks for; where it says nothing, one beside this process' own, as
-    /// runc has it. `None` on a host that has no cgroup v2 of its own.
+    /// runc has it. `None` on a host that has no cgroup v2 of its own. Whether systemd makes it is told by the form of
+    /// `path` where nobody says so: containerd's clients ask by that alone.
     ///
     /// # Errors
     /// That this process' own cannot be found, or that `path` is none of systemd's.
-    pub fn plan(path: Option<&Path>, systemd: bool, id: &str) -> io::Result<Option<Self>> {
+    pub fn plan(path: Option<&Path>, systemd: Option<bool>, id: &str) -> io::Result<Option<Self>> {
         if !has_cgroup_v2() {
             return Ok(None);
         }
+        let systemd = systemd.unwrap_or_else(|| path.is_some_and(names_scope));
         let path = match path {
             Some(path) if systemd => {
                 let parts = path.to_str().map_or(0, |text| text.split(':').count());
@@ -236,12 +238,27 @@ fn own() -> io::Result<PathBuf> {
     path.map(PathBuf::from).ok_or_else(|| io::Error::other("/proc/self/cgroup names no group of cgroup v2"))
 }
 
+/// Whether a path is one of systemd's, `SLICE:PREFIX:NAME`.
+fn names_scope(path: &Path) -> bool {
+    let parts: Vec<_> = path.to_str().unwrap_or_default().split(':').collect();
+    matches!(parts[..], [slice, _, name] if slice.ends_with(".slice") && !slice.starts_with('/') && !name.is_empty())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn cgroup(path: &str, systemd: bool) -> Cgroup {
         Cgroup { path: path.into(), systemd, id: "c1".into(), origin: "/".into() }
+    }
+
+    #[test]
+    fn scopes_of_systemd_are_told_by_their_form() {
+        assert!(names_scope(Path::new("kubepods-pod1.slice:cri-containerd:c1")));
+        assert!(names_scope(Path::new("system.slice::c1")));
+        for path in ["/kubepods/pod1/c1", "kubepods.slice:c1", "a:b:c", "kubepods.slice:x:", "/a.slice:b:c", ""] {
+            assert!(!names_scope(Path::new(path)), "{path}");
+        }
     }
 
     #[test]

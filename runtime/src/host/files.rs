@@ -5,7 +5,10 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use rustix::fs::{Access, AtFlags, CWD, FileType, FlockOperation, Mode, OFlags, accessat, flock, fstat, major, minor};
+use rustix::fs::{
+    Access, AtFlags, CWD, FileType, FlockOperation, Mode, OFlags, StatxAttributes, StatxFlags, accessat, flock, fstat,
+    fstatfs, major, minor, statx,
+};
 use rustix::io::Errno;
 
 /// What a path leads to.
@@ -83,6 +86,52 @@ pub fn open_shared(path: &Path) -> io::Result<(OwnedFd, FileKind)> {
         _ => FileKind::Other,
     };
     Ok((fd, kind))
+}
+
+/// What tells a file as it is reached by one mount from all others, for as long as it is open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Place {
+    mount: u64,
+    device: (u32, u32),
+    inode: u64,
+}
+
+impl Place {
+    /// Of an open file.
+    ///
+    /// # Errors
+    /// Those of statx(2).
+    pub fn of(fd: &OwnedFd) -> io::Result<Self> {
+        let stat = statx(fd, c"", AtFlags::EMPTY_PATH, StatxFlags::INO | StatxFlags::MNT_ID)?;
+        Ok(Self { mount: stat.stx_mnt_id, device: (stat.stx_dev_major, stat.stx_dev_minor), inode: stat.stx_ino })
+    }
+}
+
+/// A file system in memory that is mounted at a directory and has nothing in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EmptyTmpfs {
+    /// No other has it while it is mounted.
+    pub device: (u32, u32),
+    /// How much it may hold, in bytes.
+    pub size: u64,
+}
+
+impl EmptyTmpfs {
+    /// The one at `path`, if there is one.
+    ///
+    /// # Errors
+    /// Those of open(2) and of reading the directory.
+    pub fn at(path: &Path) -> io::Result<Option<Self>> {
+        let fd = open_shared(path)?.0;
+        let file_system = fstatfs(&fd)?;
+        let stat = statx(&fd, c"", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS)?;
+        let is_mounted = stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT);
+        if file_system.f_type != libc::TMPFS_MAGIC || !is_mounted || std::fs::read_dir(path)?.next().is_some() {
+            return Ok(None);
+        }
+        let size = file_system.f_blocks.saturating_mul(file_system.f_bsize.unsigned_abs());
+        Ok(Some(Self { device: (stat.stx_dev_major, stat.stx_dev_minor), size }))
+    }
 }
 
 /// What tells a file from all others on this machine, under whatever name: its device and inode number.

@@ -3,10 +3,11 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use katavm_protocol::agent::Exit;
+use katavm_protocol::agent::{Exit, RemoveContainerRequest};
 use oci_spec::runtime::LinuxResources;
 
 use super::disks::Disks;
+use super::volumes::Copies;
 use super::watch::Kills;
 use super::{Phase, PodError, Process};
 use crate::host::{self, Cgroup};
@@ -15,19 +16,32 @@ use crate::sandbox::blocking;
 use crate::sandbox::share::Exports;
 use crate::state::{Journal, Record, Status};
 
-/// What of the host a container has while it lives.
-pub(super) struct Held {
-    /// Files.
+/// What of the host a container sees.
+pub(super) struct Seen {
+    /// What is shared.
     pub exports: Exports,
-    /// Disks.
+    /// What was copied.
+    pub copies: Copies,
+    /// What it has by itself.
     pub disks: Disks,
+}
+
+impl Seen {
+    /// Gives it up; how the agent removes the container with it, and the disks that are to be detached.
+    pub fn release(self, id: &str) -> (RemoveContainerRequest, Disks) {
+        let (unshared, volumes) = (self.exports.release(), self.copies.release());
+        (RemoveContainerRequest { container_id: id.into(), unshared, volumes, ..Default::default() }, self.disks)
+    }
 }
 
 /// A container that was made.
 pub struct Container {
     id: String,
     init: Arc<Process>,
-    held: Mutex<Option<Held>>,
+    /// What of the host it sees while it lives.
+    seen: Mutex<Option<Seen>>,
+    /// How the agent removes it.
+    removal: Mutex<RemoveContainerRequest>,
     /// By exec id; nothing while it is being made.
     execs: Mutex<HashMap<String, Option<Arc<Process>>>>,
     journal: Mutex<Journal>,
@@ -43,7 +57,7 @@ impl Container {
     pub(super) fn new(
         id: String,
         init: Arc<Process>,
-        held: Held,
+        seen: Seen,
         journal: Journal,
         cgroup: Option<Cgroup>,
         is_first: bool,
@@ -51,7 +65,8 @@ impl Container {
         let container = Self {
             id,
             init,
-            held: Mutex::new(Some(held)),
+            seen: Mutex::new(Some(seen)),
+            removal: Mutex::default(),
             execs: Mutex::default(),
             journal: Mutex::new(journal),
             cgroup,
@@ -157,9 +172,10 @@ impl Container {
             () = started => {}
         }
         // Before anybody hears of the end: engines unmount these at once.
-        let held = self.held.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(Held { exports, mut disks }) = held {
-            let _ = tokio::task::spawn_blocking(move || drop(exports)).await;
+        let (id, seen) = (self.id.clone(), self.seen.lock().unwrap_or_else(PoisonError::into_inner).take());
+        let released = tokio::task::spawn_blocking(move || seen.map(|seen| seen.release(&id))).await;
+        if let Ok(Some((removal, mut disks))) = released {
+            *self.removal.lock().unwrap_or_else(PoisonError::into_inner) = removal;
             disks.detach().await;
         }
         self.note(Status::Stopped);
@@ -169,6 +185,12 @@ impl Container {
     /// Whether the sandbox was made for it.
     pub(super) fn is_first(&self) -> bool {
         self.is_first
+    }
+
+    /// How the agent removes it, and with it what nobody in the guest sees any more since it has ended.
+    pub(super) fn removal(&self) -> RemoveContainerRequest {
+        let removal = self.removal.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        RemoveContainerRequest { container_id: self.id.clone(), ..removal }
     }
 
     /// Removes what was written down about it.

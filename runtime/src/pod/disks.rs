@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use katavm_devices::block::{BlockConfig, BlockError};
-use katavm_protocol::agent::AttachDiskResponse;
+use katavm_protocol::agent::{AttachDiskRequest, AttachDiskResponse};
 use katavm_vmm::MicrovmError;
 use serde_json::{Value, json};
 
@@ -54,7 +54,7 @@ struct Attached {
 }
 
 impl Disks {
-    /// Attaches all of `disks` and writes where they are into the container's configuration.
+    /// Attaches all of `disks`; the container's configuration with where they are.
     ///
     /// # Errors
     /// Which one cannot be; none is attached then.
@@ -62,12 +62,12 @@ impl Disks {
         sandbox: &Sandbox,
         agent: &Agent,
         disks: &[Disk],
-        spec: &mut Vec<u8>,
-    ) -> Result<Self, PodError> {
+        spec: Vec<u8>,
+    ) -> Result<(Vec<u8>, Self), PodError> {
         if disks.is_empty() {
-            return Ok(Self(None));
+            return Ok((spec, Self(None)));
         }
-        let mut json: Value = serde_json::from_slice(spec).map_err(DiskError::from)?;
+        let mut json: Value = serde_json::from_slice(&spec).map_err(DiskError::from)?;
         let mut all = Self(Some(Attached { machine: sandbox.machine(), agent: agent.clone(), places: Vec::new() }));
         for disk in disks {
             match all.add(disk).await {
@@ -78,8 +78,7 @@ impl Disks {
                 }
             }
         }
-        *spec = serde_json::to_vec(&json).map_err(DiskError::from)?;
-        Ok(all)
+        Ok((json.to_string().into(), all))
     }
 
     async fn add(&mut self, disk: &Disk) -> Result<AttachDiskResponse, PodError> {
@@ -94,14 +93,16 @@ impl Disks {
         let attached = attached.unwrap_or_else(|error| Err(BlockError::from(std::io::Error::other(error)).into()));
         let place = attached.map_err(|error| DiskError::Attach { mount: disk.mount, error })?;
         places.push(place);
-        Ok(agent.attach_disk(place).await?)
+        let place = number(place);
+        let (type_, options) = disk.file_system.clone().unwrap_or_default();
+        Ok(agent.attach_disk(&AttachDiskRequest { place, type_, options, ..Default::default() }).await?)
     }
 
     /// Has guest and machine let go of them.
     pub async fn detach(&mut self) {
         let Some(Attached { machine, agent, places }) = self.0.take() else { return };
         for place in places {
-            if let Err(error) = agent.detach_disk(place).await {
+            if let Err(error) = agent.detach_disk(number(place)).await {
                 // The guest may be gone; if it is not, it gets errors from here on.
                 log::debug!("the guest does not let go of the disk at place {place}: {error}");
             }
@@ -111,10 +112,18 @@ impl Disks {
     }
 }
 
-/// Writes the block device into the mount, and for a node of its own the right to use it.
+fn number(place: usize) -> u32 {
+    u32::try_from(place).unwrap_or(u32::MAX)
+}
+
+/// Writes into the mount where the file system or the block device is in the guest, and for a block device the right to
+/// use it.
 fn describe(spec: &mut Value, disk: &Disk, found: &AttachDiskResponse) {
-    spec["mounts"][disk.mount]["source"] = json!(found.device);
-    if disk.is_node {
+    let mount = &mut spec["mounts"][disk.mount];
+    if disk.file_system.is_some() {
+        mount["source"] = json!(found.mounted);
+    } else {
+        mount["source"] = json!(found.device);
         let access = if disk.read_only { "r" } else { "rw" };
         let rule = json!({ "allow": true, "type": "b", "major": found.major, "minor": found.minor, "access": access });
         match &mut spec["linux"]["resources"]["devices"] {
@@ -129,13 +138,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_guests_device_takes_the_place_of_the_hosts() {
-        let disk = |mount, is_node| Disk { mount, path: "/dev/sdz".into(), read_only: false, is_node };
-        let found = AttachDiskResponse { device: "/dev/vdb".into(), major: 254, minor: 16, ..Default::default() };
+    fn what_the_guest_has_takes_the_place_of_the_hosts() {
+        let disk = |mount, is_node: bool| {
+            let file_system = (!is_node).then(|| ("ext4".to_owned(), Vec::new()));
+            Disk { mount, path: "/dev/sdz".into(), read_only: false, file_system }
+        };
+        let mounted = "/run/katavm/disks/7".to_owned();
+        let found =
+            AttachDiskResponse { device: "/dev/vdb".into(), major: 254, minor: 16, mounted, ..Default::default() };
         let mut spec = json!({ "mounts": [{ "source": "/x" }, { "source": "/dev/sdz" }], "linux": {} });
         describe(&mut spec, &disk(1, false), &found);
-        assert_eq!(spec, json!({ "mounts": [{ "source": "/x" }, { "source": "/dev/vdb" }], "linux": {} }));
+        assert_eq!(spec["mounts"], json!([{ "source": "/x" }, { "source": "/run/katavm/disks/7" }]));
         describe(&mut spec, &disk(0, true), &found);
+        assert_eq!(spec["mounts"][0]["source"], "/dev/vdb");
         let rule = json!({ "allow": true, "type": "b", "major": 254, "minor": 16, "access": "rw" });
         assert_eq!(spec["linux"]["resources"]["devices"], json!([rule]));
         describe(&mut spec, &disk(0, true), &found);

@@ -8,6 +8,7 @@ mod names;
 mod network;
 mod process;
 mod streams;
+mod volumes;
 mod watch;
 
 use std::collections::BTreeMap;
@@ -17,7 +18,7 @@ use std::time::Duration;
 
 use katavm_devices::fs::FsShare;
 use katavm_protocol::agent::event::What;
-use katavm_protocol::agent::{CreateContainerRequest, CreateExecRequest, Ready, StatsResponse};
+use katavm_protocol::agent::{CreateContainerRequest, CreateExecRequest, Ready, StatsResponse, Tmpfs};
 use oci_spec::runtime::LinuxResources;
 use tokio::sync::watch::Sender;
 
@@ -27,17 +28,18 @@ use crate::link::Link;
 use crate::network::NetworkError;
 use crate::process::terminal::TerminalError;
 use crate::sandbox::agent::{Agent, AgentError, GuestProcess};
-use crate::sandbox::plan::{Disk, Export};
-use crate::sandbox::share::{Exports, ShareError};
+use crate::sandbox::plan::{Disk, Export, Replaced};
+use crate::sandbox::share::{Share, ShareError, with_sources};
 use crate::sandbox::{Sandbox, SandboxError};
 use crate::state::{Journal, Status};
 pub use container::Container;
-use container::Held;
+use container::Seen;
 pub use disks::DiskError;
 use disks::Disks;
 pub use io::Io;
 pub use network::Network;
 pub use process::{Phase, Process};
+use volumes::Volumes;
 pub use watch::{News, Watched};
 
 /// Why something was not done to a container.
@@ -108,6 +110,10 @@ pub struct NewContainer {
     pub spec: Vec<u8>,
     /// What of the host it sees.
     pub exports: Vec<Export>,
+    /// What file systems of the guest's memory it sees.
+    pub tmpfs: Vec<Tmpfs>,
+    /// Of which volumes it sees copies.
+    pub replaced: Vec<Replaced>,
     /// What of the host it has as disks.
     pub disks: Vec<Disk>,
     /// The streams of its first process.
@@ -130,7 +136,9 @@ pub struct Pod {
     /// Nothing for an ordinary user's, whose guest has the loopback only.
     network: Option<Network>,
     /// What of the host the guest sees.
-    share: FsShare,
+    share: Share,
+    /// What of the host was copied to the guest.
+    volumes: Volumes,
     containers: Mutex<BTreeMap<String, Arc<Container>>>,
     /// The first one once it was removed: its state directory and control group stay with the sandbox.
     retired: Mutex<Option<Arc<Container>>>,
@@ -158,8 +166,9 @@ impl Pod {
         let (containers, retired) = (Mutex::default(), Mutex::default());
         let (alive, watchers) = (Sender::new(0), Sender::new(0));
         let followed = AtomicBool::new(false);
-        let sandbox = Arc::clone(sandbox);
-        let pod = Self { sandbox, agent, network, share, containers, retired, alive, watchers, followed };
+        let (sandbox, share) = (Arc::clone(sandbox), Share::over(share));
+        let volumes = Volumes::new(agent.clone());
+        let pod = Self { sandbox, agent, network, share, volumes, containers, retired, alive, watchers, followed };
         pod.update_network().await?;
         Ok((Arc::new(pod), ready))
     }
@@ -195,20 +204,30 @@ impl Pod {
     /// # Errors
     /// Any [`PodError`]; nothing is left of it then.
     pub async fn create(self: &Arc<Self>, new: NewContainer) -> Result<Arc<Process>, PodError> {
-        let NewContainer { id, mut spec, exports, disks, io, link, journal, cgroup, is_first } = new;
+        let NewContainer { id, spec, exports, tmpfs, replaced, disks, io, link, journal, cgroup, is_first } = new;
         if self.containers().contains_key(&id) {
             return Err(PodError::Exists(format!("container {id}")));
         }
-        let shared = Exports::add(&self.share, &exports)?;
-        let mut disks = Disks::attach(&self.sandbox, &self.agent, &disks, &mut spec).await?;
+        let (exports, copies) = (self.share.add(&exports)?, self.volumes.add(&replaced).await?);
+        let (spec, disks) = Disks::attach(&self.sandbox, &self.agent, &disks, spec).await?;
+        let seen = Seen { exports, copies, disks };
+        let spec = match with_sources(spec, seen.exports.sources().chain(seen.copies.sources())) {
+            Ok(spec) => spec,
+            Err(error) => {
+                self.give_up(&id, seen).await;
+                return Err(PodError::State(format!("the configuration: {error}")));
+            }
+        };
         let request = CreateContainerRequest {
             container_id: id.clone(),
             spec,
+            tmpfs,
             stdio: Some(io.wanted()).into(),
             ..Default::default()
         };
         if let Err(error) = self.agent.create_container(&request).await {
-            disks.detach().await;
+            // What was shared with it and copied for it is there still.
+            self.give_up(&id, seen).await;
             return Err(error.into());
         }
         let connected = async {
@@ -220,13 +239,11 @@ impl Pod {
             Ok(process) => process,
             Err(error) => {
                 // Its making failed in the middle; why is in `error`.
-                drop(self.agent.remove_container(&id).await);
-                disks.detach().await;
+                self.give_up(&id, seen).await;
                 return Err(error);
             }
         };
-        let held = Held { exports: shared, disks };
-        let container = Arc::new(Container::new(id.clone(), Arc::clone(&process), held, journal, cgroup, is_first));
+        let container = Arc::new(Container::new(id.clone(), Arc::clone(&process), seen, journal, cgroup, is_first));
         self.containers().insert(id, Arc::clone(&container));
         self.alive.send_modify(|alive| *alive += 1);
         let pod = Arc::clone(self);
@@ -235,6 +252,13 @@ impl Pod {
             pod.alive.send_modify(|alive| *alive -= 1);
         });
         Ok(process)
+    }
+
+    /// Removes what is left of a container that was not made.
+    async fn give_up(&self, id: &str, seen: Seen) {
+        let (removal, mut disks) = seen.release(id);
+        drop(self.agent.remove_container(&removal).await);
+        disks.detach().await;
     }
 
     /// Makes a further process in a running container; it waits to be started.
@@ -409,7 +433,7 @@ impl Pod {
         // With the sandbox everything of it in the guest has gone.
         let goes_on = !self.sandbox.has_ended();
         if goes_on {
-            self.agent.remove_container(container_id).await?;
+            self.agent.remove_container(&container.removal()).await?;
         }
         if goes_on && container.is_first() {
             container.retire();

@@ -6,9 +6,10 @@ use std::time::Duration;
 
 pub use katavm_protocol::agent::Process as GuestProcess;
 use katavm_protocol::agent::{
-    AttachDiskResponse, CheckRequest, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest,
-    CreateExecRequest, CreateSandboxRequest, DiskRequest, Empty, Event, Exit, ProcessRequest, ResizeTerminalRequest,
-    SignalRequest, StatsResponse, UpdateContainerRequest,
+    AttachDiskRequest, AttachDiskResponse, CheckRequest, ConfigureNetworkRequest, ContainerRequest,
+    CreateContainerRequest, CreateExecRequest, CreateSandboxRequest, DetachDiskRequest, Empty, Event, Exit,
+    ProcessRequest, RemoveContainerRequest, ResizeTerminalRequest, SetVolumeRequest, SignalRequest, StatsResponse,
+    UpdateContainerRequest,
 };
 use katavm_protocol::agent_ttrpc::AgentClient;
 use tokio::time::timeout;
@@ -109,20 +110,21 @@ impl Agent {
         Ok(())
     }
 
-    /// Has the guest look at a place that was given a disk.
+    /// Has the guest look at a place that was given a disk, and mount the file system on it, if it is to.
     ///
     /// # Errors
     /// Any [`AgentError`].
-    pub async fn attach_disk(&self, place: usize) -> Result<AttachDiskResponse, AgentError> {
-        within(PATIENCE, self.client.attach_disk(deadline(PATIENCE), &disk(place))).await
+    pub async fn attach_disk(&self, request: &AttachDiskRequest) -> Result<AttachDiskResponse, AgentError> {
+        within(PATIENCE, self.client.attach_disk(deadline(PATIENCE), request)).await
     }
 
     /// Has the guest let go of the disk at a place.
     ///
     /// # Errors
     /// Any [`AgentError`].
-    pub async fn detach_disk(&self, place: usize) -> Result<(), AgentError> {
-        within(PATIENCE, self.client.detach_disk(deadline(PATIENCE), &disk(place))).await?;
+    pub async fn detach_disk(&self, place: u32) -> Result<(), AgentError> {
+        let request = DetachDiskRequest { place, ..Default::default() };
+        within(PATIENCE, self.client.detach_disk(deadline(PATIENCE), &request)).await?;
         Ok(())
     }
 
@@ -153,12 +155,21 @@ impl Agent {
         Ok(())
     }
 
+    /// Copies a volume to the guest, or makes the copy what the volume is now.
+    ///
+    /// # Errors
+    /// Any [`AgentError`].
+    pub async fn set_volume(&self, request: &SetVolumeRequest) -> Result<(), AgentError> {
+        within(PATIENCE, self.client.set_volume(deadline(PATIENCE), request)).await?;
+        Ok(())
+    }
+
     /// Kills what still runs in a container and removes it.
     ///
     /// # Errors
     /// Any [`AgentError`].
-    pub async fn remove_container(&self, id: &str) -> Result<(), AgentError> {
-        within(PATIENCE, self.client.remove_container(deadline(PATIENCE), &container(id))).await?;
+    pub async fn remove_container(&self, request: &RemoveContainerRequest) -> Result<(), AgentError> {
+        within(PATIENCE, self.client.remove_container(deadline(PATIENCE), request)).await?;
         Ok(())
     }
 
@@ -285,10 +296,6 @@ impl Events {
             }
         }
     }
-}
-
-fn disk(place: usize) -> DiskRequest {
-    DiskRequest { place: u32::try_from(place).unwrap_or(u32::MAX), ..Default::default() }
 }
 
 fn container(id: &str) -> ContainerRequest {

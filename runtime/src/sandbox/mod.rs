@@ -7,6 +7,7 @@ pub mod probe;
 pub mod share;
 pub mod size;
 pub mod vm;
+pub mod volume;
 
 use std::io;
 use std::os::fd::OwnedFd;

@@ -5,17 +5,25 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use katavm_protocol::CONTAINER;
+use katavm_protocol::agent::Tmpfs;
 use oci_spec::runtime::{LinuxIdMapping, LinuxNamespaceType, Mount, Spec};
 
 use super::size::{Size, SizeError, SizeOptions};
+use super::volume;
 use crate::config::Bundle;
-use crate::host::{self, FileKind, IdMap, IdRange, system_message};
+use crate::host::{self, EmptyTmpfs, FileKind, IdMap, IdRange, system_message};
 use crate::limits;
 use crate::standin::{View, Volume};
 use crate::state::Id;
 
 /// Where the guest has what is shared: each export is a directory or file in here.
-const SHARED: &str = "/run/katavm/shared";
+pub(super) const SHARED: &str = "/run/katavm/shared";
+/// Where the guest has file systems in its memory that containers share.
+const TMPFS: &str = "/run/katavm/tmpfs";
+/// Where the guest has copies of volumes that the kubelet replaces.
+pub(crate) const REPLACED: &str = "/run/katavm/volumes";
+/// Where programs look for POSIX shared memory (shm_overview(7)).
+const SHARED_MEMORY: &str = "/dev/shm";
 /// The end of the export's name of a root file system.
 const ROOTFS: &str = "rootfs";
 
@@ -84,6 +92,17 @@ pub struct Export {
     pub read_only: bool,
     /// Whose its files seem to be to the guest.
     pub id_map: Option<IdMap>,
+    /// Whether it is the same to all containers of the guest that have it.
+    pub is_volume: bool,
+}
+
+/// A volume of which the guest gets a copy that follows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Replaced {
+    /// The last part of its path in the guest.
+    pub name: String,
+    /// On the host.
+    pub path: PathBuf,
 }
 
 /// A block device or image file of the host that the guest has as a disk.
@@ -95,9 +114,32 @@ pub struct Disk {
     pub path: PathBuf,
     /// Whether the guest may not change it.
     pub read_only: bool,
-    /// It is the device itself that is mounted, not a file system on it.
-    pub is_node: bool,
+    /// Type and options of the file system that is mounted; none where it is the block device itself.
+    pub file_system: Option<(String, Vec<String>)>,
 }
+
+/// Options of mount(8) that are one mount's, and not its file system's.
+const MOUNT_OPTIONS: [&str; 19] = [
+    "ro",
+    "rw",
+    "nosuid",
+    "suid",
+    "nodev",
+    "dev",
+    "noexec",
+    "exec",
+    "noatime",
+    "nodiratime",
+    "relatime",
+    "strictatime",
+    "private",
+    "rprivate",
+    "slave",
+    "rslave",
+    "unbindable",
+    "runbindable",
+    "defaults",
+];
 
 /// File systems on disks that the guest's kernel has.
 const FILE_SYSTEMS: [&str; 4] = ["ext2", "ext3", "ext4", "erofs"];
@@ -109,6 +151,10 @@ pub struct Plan {
     pub size: Size,
     /// What is shared, the root file system first.
     pub exports: Vec<Export>,
+    /// File systems in the guest's memory.
+    pub tmpfs: Vec<Tmpfs>,
+    /// What is copied.
+    pub replaced: Vec<Replaced>,
     /// What the guest has as disks.
     pub disks: Vec<Disk>,
     /// config.json for the agent.
@@ -146,8 +192,9 @@ impl Plan {
         if let Some(root) = spec.root_mut() {
             root.set_path(Path::new(SHARED).join(&rootfs));
         }
-        let mut exports = vec![Export { name: rootfs, path: bundle.rootfs.clone(), read_only: false, id_map: None }];
-        let mut disks = Vec::new();
+        let path = bundle.rootfs.clone();
+        let mut exports = vec![Export { name: rootfs, path, read_only: false, id_map: None, is_volume: false }];
+        let (mut tmpfs, mut replaced, mut disks) = (Vec::new(), Vec::new(), Vec::new());
         if let Some(mounts) = spec.mounts_mut() {
             for (index, mount) in mounts.iter_mut().enumerate() {
                 if let Some(disk) = disk(mount, index, &bundle.path)? {
@@ -155,6 +202,24 @@ impl Plan {
                     continue;
                 }
                 let id_map = id_map(mount, index, &bundle.spec)?;
+                if id_map.is_none()
+                    && let Some(shared) = shared_memory(mount, &bundle.path)
+                {
+                    tmpfs.push(shared);
+                    continue;
+                }
+                if id_map.is_none()
+                    && let Some(volume) = replaced_volume(id, mount, index, &bundle.path)
+                {
+                    volumes.push(Volume {
+                        source: volume.path.clone(),
+                        destination: mount.destination().clone(),
+                        read_only: true,
+                        id_map: None,
+                    });
+                    replaced.push(volume);
+                    continue;
+                }
                 let export = share(id, mount, index, &bundle.path)?;
                 if export.is_none() && id_map.is_some() {
                     let reason = "it is no directory or file of the host that is bind-mounted";
@@ -174,7 +239,7 @@ impl Plan {
         let view = View { rootfs: bundle.rootfs.clone(), volumes };
         strip(&mut spec, shared);
         let terminal = spec.process().as_ref().and_then(|process| process.terminal()).unwrap_or_default();
-        Ok(Self { size, exports, disks, guest_spec: serde_json::to_vec(&spec)?, terminal, view })
+        Ok(Self { size, exports, tmpfs, replaced, disks, guest_spec: serde_json::to_vec(&spec)?, terminal, view })
     }
 }
 
@@ -206,13 +271,56 @@ fn id_map(mount: &Mount, index: usize, spec: &Spec) -> Result<Option<IdMap>, Pla
     }
 }
 
+/// Turns an empty tmpfs that an engine has mounted for the shared memory of a container, or of a pod's, into one of the
+/// guest: there it is as quick as memory, and counts as the container's. The host's own is left as it is.
+fn shared_memory(mount: &mut Mount, bundle: &Path) -> Option<Tmpfs> {
+    let source = mount.source().as_ref().filter(|_| is_bind(mount))?;
+    let path = bundle.join(source);
+    if mount.destination() != Path::new(SHARED_MEMORY) || path == Path::new(SHARED_MEMORY) {
+        return None;
+    }
+    // What cannot be looked at is told of where it is shared.
+    let EmptyTmpfs { device: (major, minor), size } = EmptyTmpfs::at(&path).ok().flatten()?;
+    let name = format!("shm-{major}-{minor}");
+    mount.set_source(Some(Path::new(TMPFS).join(&name)));
+    Some(Tmpfs { name, size, ..Default::default() })
+}
+
+/// Turns a volume that the kubelet replaces into a copy in the guest. One that the container may write to is none, and
+/// one that is too large to be copied is shared as any other.
+fn replaced_volume(id: &Id, mount: &mut Mount, index: usize, bundle: &Path) -> Option<Replaced> {
+    let source = mount.source().as_ref().filter(|_| is_bind(mount) && is_read_only(mount))?;
+    let path = bundle.join(source);
+    if !volume::is_replaced(&path) {
+        return None;
+    }
+    if let Err(error) = volume::read(&path)
+        && matches!(error.kind(), std::io::ErrorKind::FileTooLarge | std::io::ErrorKind::InvalidData)
+    {
+        log::warn!("mounts[{index}]: programs in the guest are not told of changes of {}: {error}", path.display());
+        return None;
+    }
+    let name = format!("{id}.mount-{index}");
+    mount.set_source(Some(Path::new(REPLACED).join(&name)));
+    Some(Replaced { name, path })
+}
+
+fn is_read_only(mount: &Mount) -> bool {
+    mount.options().iter().flatten().any(|option| option == "ro" || option == "rro")
+}
+
+fn is_bind(mount: &Mount) -> bool {
+    let has = |option: &str| mount.options().iter().flatten().any(|other| other == option);
+    mount.typ().as_deref() == Some("bind") || has("bind") || has("rbind")
+}
+
 /// What of a mount the guest can have as a disk: a file system on a block device or in an image, or a block device itself.
 fn disk(mount: &mut Mount, index: usize, bundle: &Path) -> Result<Option<Disk>, PlanError> {
     let options = mount.options().clone().unwrap_or_default();
     let has = |option: &str| options.iter().any(|other| other == option);
-    let kind = mount.typ().as_deref().unwrap_or_default();
+    let kind = mount.typ().clone().unwrap_or_default();
     let is_node = kind == "bind" || has("bind") || has("rbind");
-    let Some(source) = mount.source().as_ref().filter(|_| is_node || FILE_SYSTEMS.contains(&kind)) else {
+    let Some(source) = mount.source().as_ref().filter(|_| is_node || FILE_SYSTEMS.contains(&kind.as_str())) else {
         return Ok(None);
     };
     let path = bundle.join(source);
@@ -227,23 +335,30 @@ fn disk(mount: &mut Mount, index: usize, bundle: &Path) -> Result<Option<Disk>, 
     };
     let read_only = has("ro") || has("rro") || kind == "erofs";
     match (is_node, found) {
-        (_, FileKind::BlockDevice) => {}
-        (false, FileKind::Regular) => {
-            // As mount(8) takes it: an image is a disk in any case here.
-            let options = options.iter().filter(|option| !option.starts_with("loop")).cloned().collect();
-            mount.set_options(Some(options));
-        }
+        (_, FileKind::BlockDevice) | (false, FileKind::Regular) => {}
         (true, _) => return Ok(None),
         (false, other) => return Err(PlanError::Special { index, source_path: path, kind: other.name() }),
     }
-    Ok(Some(Disk { mount: index, path, read_only, is_node }))
+    let file_system = (!is_node).then(|| {
+        let mut all = options.clone();
+        if read_only && !has("ro") {
+            // The disk is so, and the kernel does not mount it otherwise.
+            all.push("ro".into());
+        }
+        let file_system = (kind.clone(), all);
+        // The agent mounts it; the container has it from there.
+        let of_the_mount = options.into_iter().filter(|option| MOUNT_OPTIONS.contains(&option.as_str()));
+        let of_the_mount = of_the_mount.chain(["bind".to_owned()]).collect();
+        mount.set_typ(Some("bind".into()));
+        mount.set_options(Some(of_the_mount));
+        file_system
+    });
+    Ok(Some(Disk { mount: index, path, read_only, file_system }))
 }
 
 /// Turns the source of a bind mount into a path of the guest; the export that this takes.
 fn share(id: &Id, mount: &mut Mount, index: usize, bundle: &Path) -> Result<Option<Export>, PlanError> {
-    let options = mount.options().as_deref().unwrap_or_default();
-    let has = |option: &str| options.iter().any(|other| other == option);
-    if !(mount.typ().as_deref() == Some("bind") || has("bind") || has("rbind")) {
+    if !is_bind(mount) {
         return Ok(None);
     }
     let source = mount.source().as_ref().ok_or(PlanError::NoSource(index))?;
@@ -257,9 +372,9 @@ fn share(id: &Id, mount: &mut Mount, index: usize, bundle: &Path) -> Result<Opti
     match kind {
         FileKind::Directory | FileKind::Regular => {
             let name = format!("{id}.mount-{index}");
-            let read_only = has("ro") || has("rro");
+            let read_only = is_read_only(mount);
             mount.set_source(Some(Path::new(SHARED).join(&name)));
-            Ok(Some(Export { name, path, read_only, id_map: None }))
+            Ok(Some(Export { name, path, read_only, id_map: None, is_volume: true }))
         }
         FileKind::CharacterDevice(major, minor) => {
             let standard = STANDARD_DEVICES.iter().find(|(a, b, _)| (*a, *b) == (major, minor));
@@ -404,10 +519,15 @@ mod tests {
             { "destination": "/b", "type": "erofs", "source": "file" },
             { "destination": "/file", "source": "file", "options": ["bind"] },
         ]));
-        let disks: Vec<_> = plan.disks.iter().map(|disk| (disk.mount, disk.read_only, disk.is_node)).collect();
-        assert_eq!(disks, [(0, false, false), (1, true, false)]);
+        let of = |disk: &Disk| (disk.mount, disk.read_only, disk.file_system.clone().unwrap_or_default());
+        let ext4 = ("ext4".to_owned(), vec!["loop".to_owned(), "noatime".to_owned()]);
+        assert_eq!(
+            plan.disks.iter().map(of).collect::<Vec<_>>(),
+            [(0, false, ext4), (1, true, ("erofs".into(), vec!["ro".to_owned()]))]
+        );
         assert_eq!(plan.exports.len(), 2, "the root and the last one");
-        assert_eq!(spec["mounts"][0]["options"], json!(["noatime"]));
+        assert_eq!(spec["mounts"][0]["type"], "bind");
+        assert_eq!(spec["mounts"][0]["options"], json!(["noatime", "bind"]));
         let none = json!([{ "destination": "/a", "type": "ext4", "source": "data" }]);
         assert!(error(none).contains("\"B/data\" is a directory"));
         let none = json!([{ "destination": "/a", "type": "ext4", "source": "gone" }]);

@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use oci_spec::runtime::Spec;
 
+use crate::cri::sandbox_resources;
 use crate::settings::Settings;
 
 const MIB: u64 = 1 << 20;
@@ -131,9 +132,9 @@ impl Size {
     }
 }
 
-/// The container's memory limit in bytes.
+/// The memory limit in bytes of the container, or of its pod.
 pub fn memory_limit(spec: &Spec) -> Option<u64> {
-    let memory = spec.linux().as_ref()?.resources().as_ref()?.memory().as_ref()?.limit()?;
+    let memory = sandbox_resources(spec)?.memory().as_ref()?.limit()?;
     // 0 and -1 mean that there is none.
     u64::try_from(memory).ok().filter(|limit| *limit > 0)
 }
@@ -146,9 +147,10 @@ fn memory_for(limit: Option<u64>) -> u64 {
     limit.saturating_add(pages).saturating_add(GUEST_OVERHEAD_MIB).max(MINIMUM_MEMORY_MIB.into())
 }
 
-/// The container's CPU time in quota and period, microseconds.
+/// The CPU time of the container, or of its pod, in quota and period, microseconds.
 fn cpu_limit(spec: &Spec) -> Option<(u64, u64)> {
-    let cpu = spec.linux().as_ref()?.resources().as_ref()?.cpu().as_ref()?;
+    let resources = sandbox_resources(spec)?;
+    let cpu = resources.cpu().as_ref()?;
     let quota = u64::try_from(cpu.quota()?).ok().filter(|quota| *quota > 0)?;
     // The kernel's default period.
     Some((quota, cpu.period().filter(|period| *period > 0).unwrap_or(100_000)))

@@ -30,6 +30,8 @@ pub fn member(
         id: record.id.to_string(),
         spec: plan.guest_spec,
         exports: plan.exports,
+        tmpfs: plan.tmpfs,
+        replaced: plan.replaced,
         disks: plan.disks,
         io,
         link,

@@ -209,7 +209,7 @@ fn empty(
     config: &SandboxConfig,
     signals: Signals,
 ) -> anyhow::Result<(Launch, Outside)> {
-    let options = options(None, config.systemd_cgroup)?;
+    let options = options(None, Some(config.systemd_cgroup))?;
     let launch = Launch::empty(id.parse()?, bundle, config.spec.clone(), options)?;
     let outside = settle(root, &launch, None, signals)?;
     Ok((launch, outside))
@@ -219,7 +219,7 @@ fn empty(
 /// thread.
 fn first(root: &StateRoot, request: &CreateTaskRequest, io: Io, signals: Signals) -> anyhow::Result<(Launch, Outside)> {
     let bundle = Path::new(&request.bundle);
-    let options = options(config_path(request.options.as_ref()).as_deref(), names_systemd_cgroup(bundle))?;
+    let options = options(config_path(request.options.as_ref()).as_deref(), None)?;
     let launch = Launch::plan(root, request.id.parse()?, bundle, options)?;
     if let Some(pod) = &launch.pod {
         bail!("container {} cannot join the sandbox of {}: containerd made them apart", launch.id, pod.peer.record.id);
@@ -229,17 +229,8 @@ fn first(root: &StateRoot, request: &CreateTaskRequest, io: Io, signals: Signals
     Ok((launch, outside))
 }
 
-/// Whether a bundle's `linux.cgroupsPath` is one of systemd's, `SLICE:PREFIX:NAME`: engines that have systemd make control
-/// groups say so by its form alone.
-fn names_systemd_cgroup(bundle: &Path) -> bool {
-    let config = std::fs::read(bundle.join("config.json")).unwrap_or_default();
-    let config: serde_json::Value = serde_json::from_slice(&config).unwrap_or_default();
-    let path = config["linux"]["cgroupsPath"].as_str().unwrap_or_default();
-    !path.starts_with('/') && path.split(':').count() == 3
-}
-
 /// What holds for a pod by the configuration.
-fn options(configuration: Option<&Path>, systemd_cgroup: bool) -> anyhow::Result<launch::Options> {
+fn options(configuration: Option<&Path>, systemd_cgroup: Option<bool>) -> anyhow::Result<launch::Options> {
     let settings = Settings::load(configuration)?;
     if settings.debug() {
         log::set_max_level(log::LevelFilter::Debug);

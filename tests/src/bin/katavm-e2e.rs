@@ -28,7 +28,7 @@ fn main() -> Result<ExitCode> {
         return Ok(code);
     }
     let Cli { boot, long, list, filters } = Cli::parse();
-    let boots = boot.map_or_else(|| vec![Boot::Plain, Boot::Engines], |boot| vec![boot]);
+    let boots = boot.map_or_else(|| vec![Boot::Plain, Boot::Engines, Boot::Containerd], |boot| vec![boot]);
     let cases: Vec<_> = boots.into_iter().flat_map(|boot| e2e::cases(boot, long)).collect();
     if list {
         cases.iter().filter(|case| case.is_wanted(&filters)).for_each(|case| println!("{}", case.full_name()));

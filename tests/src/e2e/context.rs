@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result};
 use katavm_guest_image::support::cache;
 use tempfile::TempDir;
 
+use super::cri::Node;
 use super::run::Shell;
 
 /// What the cases of one group share; it goes with the last of them.
@@ -17,6 +18,8 @@ use super::run::Shell;
 pub struct Group {
     /// A shell in a guest, started by the first case that wants it.
     pub shell: RefCell<Option<Shell>>,
+    /// A node of Kubernetes, likewise.
+    pub node: RefCell<Option<Node>>,
 }
 
 /// The surroundings of one case. Everything in the scratch folder goes when the case ends.

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use katavm_devices::block::{Block, BlockConfig, BlockOptions, EngineKind};
 use katavm_devices::rate::{Limits, Rate};
-use katavm_protocol::agent::DiskRequest;
+use katavm_protocol::agent::{AttachDiskRequest, DetachDiskRequest};
 use katavm_vmm::MicrovmBuilder;
 use serde_json::json;
 
@@ -180,12 +180,12 @@ fn timed(guest: &Guest, id: &str, command: &str) -> Result<f64> {
 /// Puts a disk into an empty place and has the guest look; the place, and the device's name in the guest.
 fn attach(guest: &Guest, disk: BlockConfig) -> Result<(u32, String)> {
     let place = guest.vm.attach_disk(disk)? as u32;
-    let request = DiskRequest { place, ..Default::default() };
+    let request = AttachDiskRequest { place, ..Default::default() };
     Ok((place, guest.ask(guest.agent.attach_disk(Guest::soon(), &request))?.device))
 }
 
 fn detach(guest: &Guest, place: u32) -> Result<()> {
-    let request = DiskRequest { place, ..Default::default() };
+    let request = DetachDiskRequest { place, ..Default::default() };
     guest.ask(guest.agent.detach_disk(Guest::soon(), &request))?;
     Ok(guest.vm.detach_disk(place as usize)?)
 }
@@ -197,7 +197,7 @@ const ROUNDS: usize = 8;
 fn plug(context: &Context) -> Result<Verdict> {
     let worker = image(context, "worker", 32)?;
     let guest = guest(context, vec![disk(&worker, by(EngineKind::Automatic))?], PLACES)?;
-    let empty = DiskRequest { place: 5, ..Default::default() };
+    let empty = AttachDiskRequest { place: 5, ..Default::default() };
     let refused = guest.runtime.block_on(guest.agent.attach_disk(Guest::soon(), &empty));
     ensure!(refused.as_ref().is_err_and(|error| error.to_string().contains("is empty")), "{refused:?}");
 

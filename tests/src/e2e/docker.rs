@@ -19,8 +19,14 @@ fn docker(context: &Context, text: &str) -> Result<String> {
     let prelude = "echo root:x:0:0:root:/root:/bin/sh >rootfs/etc/passwd
         [ -e /etc/resolv.conf ] || echo 'nameserver 192.0.2.1' >/etc/resolv.conf
         mkdir -p /var/lib/docker; mount -t tmpfs none /var/lib/docker
-        dockerd --add-runtime katavm=$(command -v katavm) >dockerd.log 2>&1 & daemon=$!
-        end() { docker rm -f $(docker ps -aq) >p 2>&1 || true; kill $daemon; wait $daemon || true; umount -l /var/lib/docker; }
+        # As Debian's units have it: the containerd that dockerd starts by itself has 15 s to get ready.
+        containerd --root /var/lib/docker/containerd --state /run/docker-containerd -a /run/docker-containerd.sock >containerd.log 2>&1 & containerd=$!
+        until ctr -a /run/docker-containerd.sock version >p 2>&1; do kill -0 $containerd; sleep 0.2; done
+        dockerd --containerd /run/docker-containerd.sock --add-runtime katavm=$(command -v katavm) >dockerd.log 2>&1 & daemon=$!
+        end() {
+            docker rm -f $(docker ps -aq) >p 2>&1 || true; kill $daemon || tail -n 50 dockerd.log >&2; wait $daemon || true
+            kill $containerd; wait $containerd || true; rm -rf --one-file-system /run/docker-containerd*; umount -l /var/lib/docker
+        }
         trap end EXIT
         until docker info >info 2>&1; do kill -0 $daemon; sleep 0.2; done
         run() { docker run --runtime katavm \"$@\"; }

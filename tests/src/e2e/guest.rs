@@ -13,8 +13,8 @@ use katavm_devices::net::Net;
 use katavm_devices::rng::Rng;
 use katavm_devices::vsock::{Vsock, VsockHost};
 use katavm_protocol::agent::{
-    ContainerRequest, CreateContainerRequest, CreateSandboxRequest, Empty, Exit, ProcessRequest, Ready, Stdio,
-    StreamHello, StreamKind, StreamReply,
+    ContainerRequest, CreateContainerRequest, CreateSandboxRequest, Empty, Exit, ProcessRequest, Ready,
+    RemoveContainerRequest, Stdio, StreamHello, StreamKind, StreamReply,
 };
 use katavm_protocol::agent_ttrpc::AgentClient;
 use katavm_protocol::{frame, ports};
@@ -137,7 +137,7 @@ impl Guest {
     /// When any step fails.
     pub fn run(&self, id: &str, rootfs: &Path, args: &[&str]) -> Result<Output> {
         let (stdout, exit) = self.start(id, rootfs, args)?.wait(self)?;
-        let request = ContainerRequest { container_id: id.into(), ..Default::default() };
+        let request = RemoveContainerRequest { container_id: id.into(), ..Default::default() };
         self.ask(self.agent.remove_container(Self::soon(), &request))?;
         Ok(Output { stdout, exit })
     }

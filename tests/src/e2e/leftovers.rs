@@ -10,7 +10,7 @@ use anyhow::{Result, ensure};
 /// How long what is being cleaned up may take, on a busy machine.
 const LIMIT: Duration = Duration::from_secs(60);
 /// The runtime's own files in a state root, which stay.
-const KEPT: [&str; 2] = [".lock", ".kvm-works"];
+const KEPT: [&str; 3] = [".lock", ".kvm-works", ".containerd"];
 /// Names of processes of a sandbox.
 const PROCESSES: [&str; 4] = ["katavm", "katavm-watcher", "katavm-sandbox", "katavm-standin"];
 

@@ -9,6 +9,7 @@ mod boot;
 mod bootstrap;
 mod containerd;
 mod context;
+mod cri;
 mod crio;
 mod disk;
 mod docker;
@@ -76,13 +77,15 @@ impl Case {
     }
 }
 
-/// Cases are run in three boots of the lab, of which the first two may run beside each other.
+/// Cases are run in four boots of the lab, which may run beside each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Boot {
     /// katavm by itself.
     Plain,
     /// katavm under engines and beside other runtimes.
     Engines,
+    /// katavm's shim under containerd.
+    Containerd,
     /// What takes systemd as PID 1.
     Systemd,
 }
@@ -95,8 +98,9 @@ pub fn cases(boot: Boot, long: bool) -> Vec<Case> {
             &[FIRST, &[failing::LONG, hostile::LONG, survive::LONG], &run::LONG_TABLES, &run::TABLES, LAST]
         }
         Boot::Plain => &[FIRST, &run::TABLES, LAST],
-        Boot::Engines if long => &[&[shim::LONG], &containerd::LONG, ENGINES],
         Boot::Engines => &[ENGINES],
+        Boot::Containerd if long => &[&[shim::LONG], &containerd::LONG, CONTAINERD],
+        Boot::Containerd => &[CONTAINERD],
         Boot::Systemd => &[&[systemd::CASES]],
     };
     tables.iter().copied().flatten().flat_map(rows).collect()
@@ -105,18 +109,15 @@ pub fn cases(boot: Boot, long: bool) -> Vec<Case> {
 const FIRST: &[Table] = &[boot::CASES, agent::CASES, snapshot::CASES, network::CASES, disk::CASES];
 const LAST: &[Table] =
     &[oci::CASES, limits::CASES, idmap::CASES, failing::CASES, hostile::CASES, survive::CASES, user::CASES];
-const ENGINES: &[Table] = &[
-    podman::CASES,
-    rootless::CASES,
-    docker::CASES,
+const ENGINES: &[Table] = &[podman::CASES, rootless::CASES, docker::CASES, crio::CASES, beside::CASES];
+const CONTAINERD: &[Table] = &[
     bootstrap::CASES,
     sandbox_api::CASES,
     containerd::BEFORE,
     containerd::OWN,
     containerd::AFTER,
     shim::CASES,
-    crio::CASES,
-    beside::CASES,
+    cri::CASES,
 ];
 
 fn rows((group, rows): &'static Table) -> impl Iterator<Item = Case> {

@@ -140,7 +140,7 @@ fn outliving(context: &Context) -> Result<Verdict> {
         "katavm run -d c1 </dev/null >out 2>&1
          katavm exec c1 sh -c 'echo begun; until [ -e /go ]; do sleep 0.1; done; echo ended >/end; exec sleep 500' >said 2>&1 & client=$!
          until grep -q begun said; do sleep 0.1; done; kill -9 $client; wait $client || echo code $?
-         touch rootfs/go; until [ -e rootfs/end ]; do sleep 0.1; done; cat rootfs/end; katavm ps c1 | grep -c 'sleep 500'
+         touch rootfs/go; until [ -s rootfs/end ]; do sleep 0.1; done; cat rootfs/end; katavm ps c1 | grep -c 'sleep 500'
          katavm exec c1 echo another
          katavm delete --force c1",
     )?;

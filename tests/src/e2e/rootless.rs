@@ -40,6 +40,8 @@ echo typed | podman run --rm -i --network none --memory 100m --pids-limit 50 bb 
 mkdir volume; echo mine >volume/file
 podman run --rm --network none -v $PWD/volume:/v bb sh -c 'stat -c %u:%g /v/file; cat /v/file; mkdir /v/new; chown 33:44 /v/new'
 stat -c %u:%g volume/file volume/new
+podman run --rm --network none --userns keep-id -v $PWD/volume:/v bb sh -c 'id -u; id -g; stat -c %u:%g /v/file; touch /v/kept'
+stat -c %u:%g volume/kept
 serve='trap \"exit 3\" TERM; echo hello >/tmp/index.html; httpd -p 80 -h /tmp; while :; do sleep 1; done'
 podman run -d --name web --network bridge bb sh -c \"$serve\" >id
 ip=$(podman inspect web --format '{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}')
@@ -70,7 +72,7 @@ END
          ./as-user podman system migrate",
     )?;
     let kernel = context.kernel_release()?;
-    let mine = format!("{USER}:{USER}");
+    let (user, mine) = (USER.to_string(), format!("{USER}:{USER}"));
     let other = format!("{}:{}", FIRST + 32, FIRST + 43);
     let lines = [
         kernel.as_str(),
@@ -82,6 +84,10 @@ END
         "mine",
         &mine,
         &other,
+        &user,
+        &user,
+        &mine,
+        &mine,
         "hello",
         "in exec",
         "code 4",

@@ -40,12 +40,25 @@ pub struct Export {
     pub options: ExportOptions,
     /// The directory or regular file.
     pub fd: Arc<OwnedFd>,
+    /// Changes are not refused, whatever the options said at first.
+    writable: AtomicBool,
     removed: AtomicBool,
 }
 
 impl Export {
     fn new(id: u64, name: CString, options: ExportOptions, fd: Arc<OwnedFd>) -> Arc<Self> {
-        Arc::new(Self { id, name, options, fd, removed: AtomicBool::new(false) })
+        let (writable, removed) = (AtomicBool::new(!options.read_only), AtomicBool::new(false));
+        Arc::new(Self { id, name, options, fd, writable, removed })
+    }
+
+    /// Whether the guest may change it.
+    pub fn is_writable(&self) -> bool {
+        self.writable.load(Ordering::Acquire)
+    }
+
+    /// From now on the guest may change it.
+    pub fn make_writable(&self) {
+        self.writable.store(true, Ordering::Release);
     }
 
     /// Whether it was taken away: nothing more of it may be opened.
@@ -119,7 +132,8 @@ impl Exports {
                 inner.last_id += 1;
                 inner.last_id
             });
-            let renumbered = Export::new(id, export.name.clone(), export.options, Arc::clone(&export.fd));
+            let options = ExportOptions { read_only: !export.is_writable(), ..export.options };
+            let renumbered = Export::new(id, export.name.clone(), options, Arc::clone(&export.fd));
             inner.by_id.insert(id, renumbered);
         }
     }

@@ -82,7 +82,7 @@ impl Node {
     /// # Errors
     /// EROFS.
     pub fn writable(&self) -> Result<(), Errno> {
-        if self.export.options.read_only { Err(Errno::ROFS) } else { Ok(()) }
+        if self.export.is_writable() { Ok(()) } else { Err(Errno::ROFS) }
     }
 
     /// Remembers which version the guest has been told of; true when that is the one it was told of before.

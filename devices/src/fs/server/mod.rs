@@ -24,6 +24,7 @@ mod thread;
 mod wire;
 mod xattr;
 
+use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -161,6 +162,12 @@ impl Server {
         }
         self.proc_fds()?;
         self.exports.add(name, fd, options)
+    }
+
+    /// Lets the guest change an export: see `FsShare::make_writable`.
+    pub fn make_writable(&self, name: &str) -> bool {
+        let found = CString::new(name).ok().and_then(|name| self.exports.find(&name));
+        found.as_ref().map(|export| export.make_writable()).is_some()
     }
 
     /// Removes an export and closes all that the guest had of it. False when there is none of that name.

@@ -1,0 +1,86 @@
+//! Sizes, limits and what is used of them.
+
+use anyhow::{Result, ensure};
+use protobuf::MessageField;
+use serde_json::json;
+
+use super::node::until;
+use super::{Context, Pod, Verdict, on_node};
+use crate::cri::messages::UInt64Value;
+
+fn value(field: &MessageField<UInt64Value>) -> u64 {
+    field.as_ref().map(|field| field.value).unwrap_or_default()
+}
+
+pub fn size(context: &Context) -> Result<Verdict> {
+    on_node(context, |node| {
+        let pod = Pod::run(node, "size", |config| {
+            config["linux"]["resources"] = json!({
+                "cpu_quota": 150_000, "cpu_period": 100_000, "cpu_shares": 1536, "memory_limit_in_bytes": 300 << 20,
+            });
+        })?;
+        let id = pod.idle("main")?;
+        let seen = pod.sh(&id, "nproc; awk '/MemTotal/ { print int($2 / 1024 / 50) * 50 }' /proc/meminfo")?;
+        // What the kernel keeps for itself is not in its total.
+        ensure!(seen == "2\n350" || seen == "2\n300", "{seen:?}");
+        let group = std::path::Path::new("/sys/fs/cgroup/kubepods/size").join(&pod.id);
+        let limit: u64 = std::fs::read_to_string(group.join("memory.max"))?.trim().parse()?;
+        ensure!(((300 << 20)..(600 << 20)).contains(&limit), "{limit}");
+        let processes = std::fs::read_to_string(group.join("cgroup.procs"))?;
+        ensure!(processes.lines().count() >= 2, "{processes:?}: the sandbox is not in the pod's control group");
+        pod.remove()
+    })
+}
+
+pub fn update(context: &Context) -> Result<Verdict> {
+    on_node(context, |node| {
+        let pod = Pod::run(node, "update", |_| ())?;
+        let id = pod.start("main", &["sleep", "100000"], |config| {
+            config["linux"]["resources"] =
+                json!({ "memory_limit_in_bytes": 64 << 20, "cpu_quota": 50_000, "cpu_period": 100_000 });
+        })?;
+        let show = "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max";
+        let before = pod.sh(&id, show)?;
+        ensure!(before == format!("{}\n50000 100000", 64 << 20), "{before:?}");
+        node.cri.update_container(
+            &id,
+            &json!({ "memory_limit_in_bytes": 96 << 20, "cpu_quota": 20_000, "cpu_period": 100_000 }),
+        )?;
+        let after = pod.sh(&id, show)?;
+        ensure!(after == format!("{}\n20000 100000", 96 << 20), "{after:?}");
+        let told = node.cri.container_status(&id)?.resources.unwrap_or_default().linux.unwrap_or_default();
+        ensure!(told.memory_limit_in_bytes == 96 << 20 && told.cpu_quota == 20_000, "{told:?}");
+        let killed = pod.start("killed", &["sh", "-c", "x=$(head -c 200000000 /dev/zero | tr '\\0' x)"], |config| {
+            config["linux"]["resources"] = json!({ "memory_limit_in_bytes": 32 << 20 });
+        })?;
+        let ended = pod.ended(&killed)?;
+        ensure!(ended.reason == "OOMKilled" && ended.exit_code != 0, "{ended:?}");
+        pod.remove()
+    })
+}
+
+pub fn stats(context: &Context) -> Result<Verdict> {
+    on_node(context, |node| {
+        let pod = Pod::run(node, "stats", |_| ())?;
+        let work = "dd if=/dev/zero of=/tmp/file bs=1M count=4 2>/dev/null; while :; do :; done";
+        let id = pod.start("main", &["sh", "-c", work], |_| ())?;
+        let cpu = || {
+            Ok::<_, anyhow::Error>(value(
+                &node.cri.container_stats(&id)?.cpu.unwrap_or_default().usage_core_nano_seconds,
+            ))
+        };
+        let before = cpu()?;
+        until("the container uses no CPU time", || Ok(cpu()? > before + 200_000_000))?;
+        let stats = node.cri.container_stats(&id)?;
+        ensure!(stats.attributes.id == id, "{stats:?}");
+        ensure!(value(&stats.memory.working_set_bytes) > 0, "{stats:?}");
+        until("the written layer is not seen", || {
+            Ok(value(&node.cri.container_stats(&id)?.writable_layer.unwrap_or_default().used_bytes) >= 4 << 20)
+        })?;
+        let pod_stats = node.cri.pod_stats(&pod.id)?.linux.unwrap_or_default();
+        ensure!(pod_stats.containers.len() == 1, "{pod_stats:?}");
+        ensure!(value(&pod_stats.memory.working_set_bytes) > 0, "{pod_stats:?}");
+        ensure!(pod_stats.network.default_interface.name == "eth0", "{pod_stats:?}");
+        pod.remove()
+    })
+}
