@@ -347,7 +347,7 @@ fn disk(mount: &mut Mount, index: usize, bundle: &Path) -> Result<Option<Disk>, 
         }
         let file_system = (kind.clone(), all);
         // The agent mounts it; the container has it from there.
-        let of_the_mount = options.into_iter().filter(|option| MOUNT_OPTIONS.contains(&option.as_str()));
+        let of_the_mount = options.iter().filter(|option| MOUNT_OPTIONS.contains(&option.as_str())).cloned();
         let of_the_mount = of_the_mount.chain(["bind".to_owned()]).collect();
         mount.set_typ(Some("bind".into()));
         mount.set_options(Some(of_the_mount));
