@@ -17,7 +17,7 @@ use serde_json::json;
 
 use super::guest::{Guest, Running};
 use super::run::{bundle, katavm};
-use super::{Context, Table, Verdict, rebuild};
+use super::{Context, Table, Verdict};
 
 /// The table.
 pub const CASES: Table = (
@@ -28,7 +28,6 @@ pub const CASES: Table = (
         ("disks_come_and_go_beside_one_that_works", plug),
         ("a_disk_leaves_under_a_guest_that_uses_it", surprise),
         ("a_container_mounts_file_systems_in_images", volumes),
-        ("a_snapshot_in_the_middle_of_work_loses_nothing", rebuilt),
     ],
 );
 
@@ -191,14 +190,6 @@ fn detach(guest: &Guest, place: u32) -> Result<()> {
     Ok(guest.vm.detach_disk(place as usize)?)
 }
 
-/// Work on `/dev/vda` that goes on until it is told to stop, all that is read checked.
-const WORK: &str = "fio --name=w --filename=/dev/vda --ioengine=libaio --direct=1 --rw=randrw --bs=4k --iodepth=8 --size=8M \
-                    --verify=crc32c --verify_fatal=1 --verify_state_save=0 --loops=1000000 > fio.out & w=$!; echo works; \
-                    while [ ! -e /dev/shm-stop ] && kill -0 $w 2>/dev/null; do sleep 0.2; done; \
-                    kill -INT $w || { cat fio.out; exit 1; }; wait $w || true; ! grep -i 'verify:' fio.out";
-/// What tells it to: all containers of these cases have one /dev.
-const STOP: &str = "touch /dev/shm-stop";
-
 /// More than there are interrupt lines, so that some are shared.
 const PLACES: usize = 20;
 const ROUNDS: usize = 8;
@@ -210,7 +201,11 @@ fn plug(context: &Context) -> Result<Verdict> {
     let refused = guest.runtime.block_on(guest.agent.attach_disk(Guest::soon(), &empty));
     ensure!(refused.as_ref().is_err_and(|error| error.to_string().contains("is empty")), "{refused:?}");
 
-    let mut works = start(&guest, "work", WORK)?;
+    let work = "fio --name=w --filename=/dev/vda --ioengine=libaio --direct=1 --rw=randrw --bs=4k --iodepth=8 --size=8M \
+                --verify=crc32c --verify_fatal=1 --verify_state_save=0 --loops=1000000 > fio.out & w=$!; echo works; \
+                while [ ! -e /dev/shm-stop ] && kill -0 $w 2>/dev/null; do sleep 0.2; done; \
+                kill -INT $w || { cat fio.out; exit 1; }; wait $w || true; ! grep -i 'verify:' fio.out";
+    let mut works = start(&guest, "work", work)?;
     works.read_until(b"works")?;
     let mut names = Vec::new();
     for round in 0..ROUNDS {
@@ -251,7 +246,7 @@ fn plug(context: &Context) -> Result<Verdict> {
         }
     }
     context.note("names", names.join("\n"));
-    let left = run(&guest, "left", &format!("ls /sys/block | grep -c ^vd; {STOP}"))?;
+    let left = run(&guest, "left", "ls /sys/block | grep -c ^vd; touch /dev/shm-stop")?;
     ensure!(left.trim() == "1", "{left} disks are left");
     let (output, exit) = works.wait(&guest)?;
     ensure!(exit.status == 0, "the work beside: {}, {}", exit.status, String::from_utf8_lossy(&output));
@@ -310,27 +305,5 @@ fn volumes(context: &Context) -> Result<Verdict> {
     ensure!(answer.stdout == b"from the guest\n", "{answer:?}");
     let check = Command::new("e2fsck").arg("-fn").arg(&ext4).output()?;
     ensure!(check.status.success(), "{}", String::from_utf8_lossy(&check.stdout));
-    Ok(Verdict::Passed)
-}
-
-/// Requests that are under way when a machine is saved are finished before, and the guest goes on elsewhere on the same disk.
-fn rebuilt(context: &Context) -> Result<Verdict> {
-    let path = image(context, "worker", 32)?;
-    let mut guest = guest(context, vec![disk(&path, by(EngineKind::IoUring))?], 1)?;
-    let mut works = start(&guest, "work", WORK)?;
-    works.read_until(b"works")?;
-    for _ in 0..2 {
-        std::thread::sleep(Duration::from_secs(1));
-        let exports = [("work", Path::new("/"))];
-        guest = rebuild::here_with_disks(context, guest, &exports, &[("worker", &path)])?;
-    }
-    // The place that was empty still is one.
-    let late = image(context, "late", 1)?;
-    let (place, device) = attach(&guest, disk(&late, by(EngineKind::Automatic))?)?;
-    run(&guest, "look", &format!("dd if={device} of=/dev/null bs=64k iflag=direct; {STOP}"))?;
-    detach(&guest, place)?;
-    let (output, exit) = works.wait(&guest)?;
-    ensure!(exit.status == 0, "{}, {}", exit.status, String::from_utf8_lossy(&output));
-    guest.end()?;
     Ok(Verdict::Passed)
 }

@@ -8,8 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
-use katavm_devices::block::{Block, BlockConfig};
+use anyhow::{Context as _, Result, bail, ensure};
 use katavm_devices::fs::{ExportOptions, Fs, FsShare};
 use katavm_devices::net::Net;
 use katavm_devices::rng::Rng;
@@ -56,22 +55,9 @@ impl Saved {
 /// # Errors
 /// When it cannot be saved or built.
 pub fn here(context: &Context, guest: Guest, exports: &[(&str, &Path)]) -> Result<Guest> {
-    here_with_disks(context, guest, exports, &[])
-}
-
-/// The same of a guest with disks, by their serials and files.
-///
-/// # Errors
-/// As [`here`].
-pub fn here_with_disks(
-    context: &Context,
-    guest: Guest,
-    exports: &[(&str, &Path)],
-    disks: &[(&str, &Path)],
-) -> Result<Guest> {
     let ready = guest.ready.clone();
     let Saved { state, memory, streams, sockets, agent, runtime } = Saved::take(context, guest)?;
-    let (vm, share) = build(&state, &memory, streams, &sockets, exports, disks)?;
+    let (vm, share) = build(&state, &memory, streams, &sockets, exports)?;
     vm.resume()?;
     Ok(Guest { vm, sockets, share, ready, agent, runtime, rebuilt: true })
 }
@@ -83,14 +69,13 @@ fn build<P: AsRef<Path>, N: AsRef<str>>(
     streams: Vec<(ConnectionId, OwnedFd)>,
     sockets: &VsockHost,
     exports: &[(N, P)],
-    disks: &[(&str, &Path)],
 ) -> Result<(Microvm, FsShare)> {
     let state: MicrovmState = postcard::from_bytes(state)?;
     let share = FsShare::new();
     for (name, root) in exports {
         share.add_export(name.as_ref(), File::open(root)?.into(), ExportOptions::default())?;
     }
-    let memory_mib = state.memory_mib;
+    let memory_mib = MicrovmConfig::default().memory_mib;
     let mut builder = Microvm::builder(MicrovmConfig { memory_mib, ..Default::default() });
     let mut streams = Some(streams);
     for device in &state.devices {
@@ -106,11 +91,7 @@ fn build<P: AsRef<Path>, N: AsRef<str>>(
             }
             DeviceState::Rng(saved) => builder.rng(Rng::restore(saved)?),
             DeviceState::Net(saved) => builder.net(Net::restore(saved)?),
-            DeviceState::Block(saved) => {
-                let disk = disks.iter().find(|(serial, _)| *serial == saved.serial).filter(|_| saved.attached);
-                let disk = disk.map(|(serial, path)| BlockConfig::open(path, saved.read_only, serial)).transpose()?;
-                builder.block(Block::restore(saved, disk)?)
-            }
+            DeviceState::Block(_) => bail!("this guest has no disk"),
         };
     }
     let vm = builder.build_from(&state, &File::open(memory)?)?;
@@ -225,7 +206,7 @@ fn go_on() -> Result<()> {
     let streams = streams.into_iter().zip(descriptors).collect();
     // This process has no part in the guest's earlier life.
     let sockets = VsockHost::new()?;
-    let (vm, _share) = build(&fs::read(state)?, &memory, streams, &sockets, &exports, &[])?;
+    let (vm, _share) = build(&fs::read(state)?, &memory, streams, &sockets, &exports)?;
     vm.resume()?;
     writeln!(report, "resumed")?;
     let reason = vm.wait();
