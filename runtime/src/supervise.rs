@@ -22,6 +22,7 @@ use crate::network::GuestNetwork;
 use crate::pod::{Io, Network, NewContainer, Phase, Pod, PodError, Process};
 use crate::process::signals::{Listening, Received, Signals};
 use crate::sandbox::agent::AgentError;
+use crate::sandbox::share::file_server;
 use crate::sandbox::vm::{self, Boot, ReadyPort, Started};
 use crate::sandbox::{Sandbox, SandboxError, blocking, probe};
 use crate::service;
@@ -129,7 +130,7 @@ pub fn supervise(launch: &Launch, outside: Outside, mode: Mode, timings: &mut Ti
 /// Those of [`supervise`].
 pub async fn attend(launch: &Launch, outside: Outside, mode: Mode, timings: &mut Timings) -> anyhow::Result<Exit> {
     let mut mode = Some(mode);
-    let share = FsShare::new();
+    let share = file_server();
     let outcome = match boot(launch, &outside.stand_in, share.clone()) {
         Ok((started, network)) => {
             let work = Work { launch, share, mode: &mut mode, end: None, timings };

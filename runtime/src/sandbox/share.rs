@@ -2,11 +2,12 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
 
-use katavm_devices::fs::{ExportOptions, FsShare};
+use katavm_devices::fs::{ExportOptions, FsShare, HostMounts, MountEntry};
 use oci_spec::runtime::Spec;
 
 use super::plan::{Export, SHARED};
@@ -28,6 +29,45 @@ pub struct ShareError {
 pub struct Share {
     files: FsShare,
     volumes: Arc<Mutex<Volumes>>,
+    /// None where mounts cannot be watched: their files stay open when they go.
+    _watch: Option<Arc<MountWatch>>,
+}
+
+/// A file server for one guest that lets the host unmount what is mounted below the files that are shared.
+#[must_use]
+pub fn file_server() -> FsShare {
+    struct Mounts;
+    impl HostMounts for Mounts {
+        fn copy(&self, root: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+            host::private_copy(root)
+        }
+        fn list(&self) -> io::Result<Vec<MountEntry>> {
+            host::list_mounts()
+        }
+    }
+    FsShare::over(Arc::new(Mounts))
+}
+
+/// A thread that tells a file server of changes of the mount table. It ends when this is dropped.
+struct MountWatch {
+    _stop: io::PipeWriter,
+}
+
+impl MountWatch {
+    fn start(files: FsShare) -> io::Result<Self> {
+        let (stopped, stop) = io::pipe()?;
+        let changes = host::MountChanges::watch()?;
+        thread::Builder::new().name("mounts".into()).spawn(move || {
+            loop {
+                match changes.wait(stopped.as_fd()) {
+                    Ok(true) => files.refresh_mounts(),
+                    Ok(false) => return,
+                    Err(error) => return log::warn!("mounts are not watched any more: {error}"),
+                }
+            }
+        })?;
+        Ok(Self { _stop: stop })
+    }
 }
 
 #[derive(Default)]
@@ -63,7 +103,9 @@ impl Share {
     /// Over the guest's file server.
     #[must_use]
     pub fn over(files: FsShare) -> Self {
-        Self { files, volumes: Arc::default() }
+        let watch = MountWatch::start(files.clone());
+        let watch = watch.inspect_err(|error| log::warn!("mounts are not watched: {error}")).ok();
+        Self { files, volumes: Arc::default(), _watch: watch.map(Arc::new) }
     }
 
     /// Opens the exports of a plan and puts those into the share that are not there yet.

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::ffi::{CStr, CString};
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
-use std::sync::PoisonError;
+use std::sync::{Arc, PoisonError};
 
 use rustix::fs::{FileType, RawDir, SeekFrom};
 use rustix::io::Errno;
@@ -135,7 +135,7 @@ impl Server {
         Ok(())
     }
 
-    fn put_child(&self, parent: &Node, entry: &Entry, out: &mut Buffers<'_>, plus: bool) -> Result<(), Errno> {
+    fn put_child(&self, parent: &Arc<Node>, entry: &Entry, out: &mut Buffers<'_>, plus: bool) -> Result<(), Errno> {
         let is_dot = matches!(entry.name.to_bytes(), b"." | b"..");
         // What is above an export's root is none of the guest's business.
         let ino = if parent.is_export_root && is_dot { parent.key.ino } else { entry.ino };

@@ -8,6 +8,7 @@ use rustix::fs::{FileType, Statx};
 use rustix::io::Errno;
 
 use super::exports::Export;
+use super::mounts::Mounted;
 use super::wire::ROOT_ID;
 
 /// What makes a file the same file. An open descriptor of it keeps the kernel from giving its inode number to another.
@@ -65,6 +66,8 @@ pub struct Node {
     pub is_export_root: bool,
     /// A directory on another file system than its parent: the guest mounts it apart, with a device number of its own.
     pub is_submount: bool,
+    /// It is on what is mounted below the export, reached by a copy of that mount.
+    pub mount: Option<Arc<Mounted>>,
     fd: Arc<OwnedFd>,
     told: Mutex<Option<Version>>,
 }
@@ -77,6 +80,30 @@ impl AsFd for Node {
 }
 
 impl Node {
+    /// A node of the server's own, which no guest knows.
+    pub fn unlisted(found: Found) -> Arc<Self> {
+        Self::new(0, found)
+    }
+
+    fn new(id: u64, found: Found) -> Arc<Self> {
+        Arc::new(Self {
+            id,
+            key: Key::of(&found.export, &found.stat),
+            kind: found.kind(),
+            export: found.export,
+            is_export_root: found.is_export_root,
+            is_submount: found.is_submount,
+            mount: found.mount,
+            fd: found.fd,
+            told: Mutex::default(),
+        })
+    }
+
+    /// Whether its export was removed or its file system unmounted.
+    pub fn is_out_of_reach(&self) -> bool {
+        self.export.is_removed() || self.mount.as_ref().is_some_and(|mount| mount.is_gone())
+    }
+
     /// Refuses what would change a read-only export.
     ///
     /// # Errors
@@ -105,6 +132,8 @@ pub struct Found {
     pub is_export_root: bool,
     /// See [`Node::is_submount`].
     pub is_submount: bool,
+    /// See [`Node::mount`].
+    pub mount: Option<Arc<Mounted>>,
 }
 
 impl Found {
@@ -145,12 +174,12 @@ impl Nodes {
     /// The node of a file, new or known; counts one lookup.
     ///
     /// # Errors
-    /// ESTALE when the export was removed meanwhile.
+    /// ESTALE when the export was removed or the file system unmounted meanwhile.
     pub fn intern(&self, found: Found) -> Result<Arc<Node>, Errno> {
         let key = Key::of(&found.export, &found.stat);
         let mut table = self.lock();
-        // Under the lock, so that `drop_export` comes before this or after it.
-        if found.export.is_removed() {
+        // Under the lock, so that `drop_where` comes before this or after it.
+        if found.export.is_removed() || found.mount.as_ref().is_some_and(|mount| mount.is_gone()) {
             return Err(Errno::STALE);
         }
         let known = table.by_key.get(&key).copied();
@@ -202,12 +231,14 @@ impl Nodes {
         }
     }
 
-    /// Lets go of all files of an export that was removed; the guest still has to forget the nodes.
-    pub fn drop_export(&self, export: u64) {
+    /// Lets go of files that are out of reach; the guest still has to forget the nodes.
+    pub fn drop_where(&self, is_gone: impl Fn(&Node) -> bool) {
         let mut table = self.lock();
-        table.by_key.retain(|key, _| key.export != export);
-        let of_export = |slot: &&mut Slot| slot.node.as_ref().is_some_and(|node| node.key.export == export);
-        let gone: Vec<_> = table.slots.values_mut().filter(of_export).map(|slot| slot.node.take()).collect();
+        let held = table.slots.values_mut().filter(|slot| slot.node.as_ref().is_some_and(|node| is_gone(node)));
+        let gone: Vec<_> = held.filter_map(|slot| slot.node.take()).collect();
+        for node in &gone {
+            table.by_key.remove(&node.key);
+        }
         drop(table);
         drop(gone);
     }
@@ -242,16 +273,7 @@ impl Nodes {
 
 impl Table {
     fn insert(&mut self, id: u64, lookups: u64, found: Found) -> Arc<Node> {
-        let node = Arc::new(Node {
-            id,
-            key: Key::of(&found.export, &found.stat),
-            kind: found.kind(),
-            export: found.export,
-            is_export_root: found.is_export_root,
-            is_submount: found.is_submount,
-            fd: found.fd,
-            told: Mutex::default(),
-        });
+        let node = Node::new(id, found);
         self.by_key.insert(node.key, id);
         self.slots.insert(id, Slot { lookups, node: Some(Arc::clone(&node)) });
         node

@@ -1,13 +1,14 @@
 //! From names to nodes: LOOKUP, FORGET, and the replies that tell the guest of a node.
 
 use std::ffi::CStr;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Statx, StatxFlags, openat2};
 use rustix::io::Errno;
 
 use super::inode::{Found, Node};
+use super::mounts::Mounted;
 use super::names;
 use super::request::{Request, put};
 use super::wire::{BatchForgetIn, EntryOut, ForgetIn, ForgetOne, ROOT_ID, opcode};
@@ -32,7 +33,7 @@ impl Server {
         let (node, stat) = if request.header.nodeid == ROOT_ID {
             self.lookup_export(name)?
         } else {
-            self.lookup_child(&*self.nodes.get(request.header.nodeid)?, name)?
+            self.lookup_child(&self.nodes.get(request.header.nodeid)?, name)?
         };
         put(out, &self.entry(&node, &stat))
     }
@@ -52,24 +53,37 @@ impl Server {
     }
 
     /// The node of `name` in `parent`; counts one lookup.
-    pub(super) fn lookup_child(&self, parent: &Node, name: &CStr) -> Result<(Arc<Node>, Statx), Errno> {
+    pub(super) fn lookup_child(&self, parent: &Arc<Node>, name: &CStr) -> Result<(Arc<Node>, Statx), Errno> {
+        let found = self.find_child(parent, name)?;
+        let stat = found.stat;
+        Ok((self.nodes.intern(found)?, stat))
+    }
+
+    /// The file `name` in `parent`.
+    pub(super) fn find_child(&self, parent: &Arc<Node>, name: &CStr) -> Result<Found, Errno> {
         if parent.kind != FileType::Directory {
             return Err(Errno::NOTDIR);
         }
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let fd = openat2(parent, name, flags, Mode::empty(), resolve(parent))?;
-        self.adopt(parent, self.budget.admit(fd)?)
+        let fd = match self.mounted_on_original(parent, name) {
+            Some(fd) => fd,
+            None => openat2(parent, name, flags, Mode::empty(), resolve(parent))?,
+        };
+        let fd = self.budget.admit(fd)?;
+        let stat = stat(&fd)?;
+        if stat.stx_mnt_id == parent.key.mount {
+            return Ok(found(parent, Arc::new(fd), stat, parent.mount.clone()));
+        }
+        match self.mounted(parent, name, &fd, &stat) {
+            Some(mount) => Ok(found(parent, Arc::clone(mount.root()), self::stat(mount.root())?, Some(mount))),
+            None => Ok(found(parent, Arc::new(fd), stat, None)),
+        }
     }
 
-    /// The node of a file that was opened in `parent`; counts one lookup.
-    pub(super) fn adopt(&self, parent: &Node, fd: std::os::fd::OwnedFd) -> Result<(Arc<Node>, Statx), Errno> {
+    /// The node of a file that was made in `parent`; counts one lookup.
+    pub(super) fn adopt(&self, parent: &Node, fd: OwnedFd) -> Result<(Arc<Node>, Statx), Errno> {
         let stat = stat(&fd)?;
-        let dev = rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor);
-        let is_dir = FileType::from_raw_mode(stat.stx_mode.into()) == FileType::Directory;
-        let is_submount = is_dir && (stat.stx_mnt_id, dev) != (parent.key.mount, parent.key.dev);
-        let export = Arc::clone(&parent.export);
-        let found = Found { fd: Arc::new(fd), stat, export, is_export_root: false, is_submount };
-        Ok((self.nodes.intern(found)?, stat))
+        Ok((self.nodes.intern(found(parent, Arc::new(fd), stat, parent.mount.clone()))?, stat))
     }
 
     /// Tells the guest of `node`, as it is by `stat`.
@@ -90,10 +104,17 @@ impl Server {
     }
 
     /// Looks `name` up in `parent` and tells the guest of it: the reply of all that makes names.
-    pub(super) fn reply_entry(&self, parent: &Node, name: &CStr, out: &mut Buffers<'_>) -> Result<(), Errno> {
+    pub(super) fn reply_entry(&self, parent: &Arc<Node>, name: &CStr, out: &mut Buffers<'_>) -> Result<(), Errno> {
         let (node, stat) = self.lookup_child(parent, name)?;
         put(out, &self.entry(&node, &stat))
     }
+}
+
+fn found(parent: &Node, fd: Arc<OwnedFd>, stat: Statx, mount: Option<Arc<Mounted>>) -> Found {
+    let dev = rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor);
+    let is_dir = FileType::from_raw_mode(stat.stx_mode.into()) == FileType::Directory;
+    let is_submount = is_dir && (stat.stx_mnt_id, dev) != (parent.key.mount, parent.key.dev);
+    Found { fd, stat, export: Arc::clone(&parent.export), is_export_root: false, is_submount, mount }
 }
 
 /// How a name in `parent` is resolved.

@@ -102,26 +102,46 @@ impl Server {
     }
 
     /// The host path of a descriptor, as the kernel knows it.
-    fn path_of(&self, fd: impl AsFd) -> Result<Vec<u8>, Errno> {
+    pub(super) fn path_of(&self, fd: impl AsFd) -> Result<Vec<u8>, Errno> {
         rustix::fs::readlinkat(self.proc_fds()?, DecInt::from_fd(fd), Vec::new()).map(CString::into_bytes)
     }
 
     /// Where `node` is beneath its export, if it can be found there.
     fn locate(&self, node: &Node, root: &[u8]) -> Option<FileState> {
-        let path = if node.is_export_root {
-            Vec::new()
-        } else {
-            let path = self.path_of(node).ok()?;
-            let rest = path.strip_prefix(root)?;
-            // The root of a mount or of everything ends with a slash already.
-            let rest = if root.ends_with(b"/") { rest } else { rest.strip_prefix(b"/")? };
-            rest.to_vec()
-        };
+        let path = self.path_in_export(node, root)?;
         let key = node.key;
         let file = FileState { export: key.export, path, dev: key.dev, ino: key.ino, is_submount: node.is_submount };
         // The kernel marks deleted files in the path itself, so only trying tells what it means.
         let found = self.find(&node.export, &file).ok()?;
         (Key::of(&found.export, &found.stat) == key).then_some(file)
+    }
+
+    /// The path of `node` beneath its export, whose own path is `root`.
+    fn path_in_export(&self, node: &Node, root: &[u8]) -> Option<Vec<u8>> {
+        if node.is_export_root {
+            return Some(Vec::new());
+        }
+        let path = self.path_of(node).ok()?;
+        let Some(mounted) = &node.mount else {
+            let rest = path.strip_prefix(root)?;
+            // The root of a mount or of everything ends with a slash already.
+            let rest = if root.ends_with(b"/") { rest } else { rest.strip_prefix(b"/")? };
+            return Some(rest.to_vec());
+        };
+        let (at, name) = mounted.at();
+        let directory = self.path_in_export(at, root)?;
+        let parts = [directory.as_slice(), name.to_bytes(), path.strip_prefix(b"/")?];
+        Some(parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(&b'/'))
+    }
+
+    /// The file at a path, a step at a time.
+    fn walk(&self, export: &Arc<Export>, path: &[u8]) -> Result<Found, Errno> {
+        let mut found = super::root::export_root(export)?;
+        for name in path.split(|byte| *byte == b'/') {
+            let name = CString::new(name).map_err(|_| Errno::INVAL)?;
+            found = self.find_child(&Node::unlisted(found), super::names::check(&name)?)?;
+        }
+        Ok(found)
     }
 
     fn find(&self, export: &Arc<Export>, file: &FileState) -> Result<Found, Errno> {
@@ -131,10 +151,16 @@ impl Server {
             let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
             let path = CString::new(file.path.as_slice()).map_err(|_| Errno::INVAL)?;
-            let fd = self.budget.admit(openat2(&export.fd, &path, flags, Mode::empty(), resolve)?)?;
-            let stat = lookup::stat(&fd)?;
-            let (fd, export, is_submount) = (Arc::new(fd), Arc::clone(export), file.is_submount);
-            Found { fd, stat, export, is_export_root: false, is_submount }
+            match openat2(&export.fd, &path, flags, Mode::empty(), resolve | ResolveFlags::NO_XDEV) {
+                Ok(fd) => {
+                    let fd = self.budget.admit(fd)?;
+                    let stat = lookup::stat(&fd)?;
+                    let (fd, export, is_submount) = (Arc::new(fd), Arc::clone(export), file.is_submount);
+                    Found { fd, stat, export, is_export_root: false, is_submount, mount: None }
+                }
+                Err(Errno::XDEV) => self.walk(export, &file.path)?,
+                Err(error) => return Err(error),
+            }
         };
         if found.stat.stx_ino == file.ino { Ok(found) } else { Err(Errno::STALE) }
     }

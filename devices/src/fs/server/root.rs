@@ -38,5 +38,12 @@ impl Server {
 pub fn export_root(export: &Arc<Export>) -> Result<Found, Errno> {
     let stat = lookup::stat(&export.fd)?;
     let is_submount = FileType::from_raw_mode(stat.stx_mode.into()) == FileType::Directory;
-    Ok(Found { fd: Arc::clone(&export.fd), stat, export: Arc::clone(export), is_export_root: true, is_submount })
+    Ok(Found {
+        fd: Arc::clone(&export.fd),
+        stat,
+        export: Arc::clone(export),
+        is_export_root: true,
+        is_submount,
+        mount: None,
+    })
 }
