@@ -6,12 +6,17 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 use katavm_devices::fs::{ExportOptions, FsShare, HostMounts, MountEntry};
 use oci_spec::runtime::Spec;
 
 use super::plan::{Export, SHARED};
 use crate::host::{self, Place};
+
+/// In a container's own root file system nobody else makes files, but for a `cp` of an engine now and then: so a name that was
+/// not there is not looked for again in this time. In volumes it is, each time.
+const ROOT_CACHE_ABSENT: Duration = Duration::from_secs(1);
 
 /// Why something cannot be shared.
 #[derive(Debug, thiserror::Error)]
@@ -123,7 +128,8 @@ impl Share {
 
     fn put(&self, export: &Export) -> io::Result<Held> {
         let planned = export.name.clone();
-        let options = ExportOptions { read_only: export.read_only, ..ExportOptions::default() };
+        let cache_absent = if export.is_volume { Duration::ZERO } else { ROOT_CACHE_ABSENT };
+        let options = ExportOptions { read_only: export.read_only, cache_absent, ..ExportOptions::default() };
         let (fd, place) = open(export)?;
         let Some(place) = place else {
             self.files.add_export(&planned, fd, options)?;

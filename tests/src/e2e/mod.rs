@@ -13,6 +13,7 @@ mod cri;
 mod crio;
 mod docker;
 mod failing;
+mod files;
 mod guest;
 mod hostile;
 mod idmap;
@@ -94,7 +95,7 @@ pub enum Boot {
 pub fn cases(boot: Boot, long: bool) -> Vec<Case> {
     let tables: &[&[Table]] = match boot {
         Boot::Plain if long => {
-            &[FIRST, &[failing::LONG, hostile::LONG, survive::LONG], &run::LONG_TABLES, &run::TABLES, LAST]
+            &[FIRST, &[failing::LONG, files::LONG, hostile::LONG, survive::LONG], &run::LONG_TABLES, &run::TABLES, LAST]
         }
         Boot::Plain => &[FIRST, &run::TABLES, LAST],
         Boot::Engines => &[ENGINES],
@@ -105,7 +106,7 @@ pub fn cases(boot: Boot, long: bool) -> Vec<Case> {
     tables.iter().copied().flatten().flat_map(rows).collect()
 }
 
-const FIRST: &[Table] = &[boot::CASES, agent::CASES, snapshot::CASES, network::CASES];
+const FIRST: &[Table] = &[boot::CASES, agent::CASES, files::CASES, snapshot::CASES, network::CASES];
 const LAST: &[Table] =
     &[oci::CASES, limits::CASES, idmap::CASES, failing::CASES, hostile::CASES, survive::CASES, user::CASES];
 const ENGINES: &[Table] = &[podman::CASES, rootless::CASES, docker::CASES, crio::CASES, beside::CASES];

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Statx, StatxFlags, openat2};
 use rustix::io::Errno;
 
+use super::held::Held;
 use super::inode::{Found, Node};
 use super::mounts::Mounted;
 use super::names;
@@ -19,7 +20,7 @@ use crate::virtio::queue::Buffers;
 pub const NAME_ROOM: usize = 4096;
 
 /// All that is ever asked of a file.
-const MASK: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFlags::BTIME).union(StatxFlags::MNT_ID);
+pub const MASK: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFlags::BTIME).union(StatxFlags::MNT_ID);
 
 /// `statx` of the file behind a descriptor.
 pub fn stat(fd: impl AsFd) -> Result<Statx, Errno> {
@@ -30,12 +31,21 @@ impl Server {
     pub(super) fn lookup(&self, request: &mut Request<'_>, out: &mut Buffers<'_>) -> Result<(), Errno> {
         let name = request.rest(NAME_ROOM)?;
         let name = names::only(&name)?;
-        let (node, stat) = if request.header.nodeid == ROOT_ID {
-            self.lookup_export(name)?
-        } else {
-            self.lookup_child(&self.nodes.get(request.header.nodeid)?, name)?
-        };
-        put(out, &self.entry(&node, &stat))
+        if request.header.nodeid == ROOT_ID {
+            let (node, stat) = self.lookup_export(name)?;
+            return put(out, &self.entry(&node, &stat));
+        }
+        let parent = self.node(request.header.nodeid)?;
+        let absent = parent.export.options.cache_absent;
+        match self.lookup_child(&parent, name) {
+            Ok((node, stat)) => put(out, &self.entry(&node, &stat)),
+            // Node 0 is how FUSE says for how long there is none.
+            Err(Errno::NOENT) if !absent.is_zero() => {
+                let (entry_valid, entry_valid_nsec) = (absent.as_secs(), absent.subsec_nanos());
+                put(out, &EntryOut { entry_valid, entry_valid_nsec, ..EntryOut::default() })
+            }
+            Err(error) => Err(error),
+        }
     }
 
     pub(super) fn forget(&self, request: &mut Request<'_>) -> Result<(), Errno> {
@@ -53,14 +63,13 @@ impl Server {
     }
 
     /// The node of `name` in `parent`; counts one lookup.
-    pub(super) fn lookup_child(&self, parent: &Arc<Node>, name: &CStr) -> Result<(Arc<Node>, Statx), Errno> {
+    pub(super) fn lookup_child(&self, parent: &Held, name: &CStr) -> Result<(Held, Statx), Errno> {
         let found = self.find_child(parent, name)?;
-        let stat = found.stat;
-        Ok((self.nodes.intern(found)?, stat))
+        self.intern(found)
     }
 
     /// The file `name` in `parent`.
-    pub(super) fn find_child(&self, parent: &Arc<Node>, name: &CStr) -> Result<Found, Errno> {
+    pub(super) fn find_child(&self, parent: &Held, name: &CStr) -> Result<Found, Errno> {
         if parent.kind != FileType::Directory {
             return Err(Errno::NOTDIR);
         }
@@ -69,21 +78,31 @@ impl Server {
             Some(fd) => fd,
             None => openat2(parent, name, flags, Mode::empty(), resolve(parent))?,
         };
-        let fd = self.budget.admit(fd)?;
+        let fd = self.admit(fd)?;
         let stat = stat(&fd)?;
         if stat.stx_mnt_id == parent.key.mount {
-            return Ok(found(parent, Arc::new(fd), stat, parent.mount.clone()));
+            return Ok(found(parent, Some(name), Arc::new(fd), stat, parent.mount.clone()));
         }
         match self.mounted(parent, name, &fd, &stat) {
-            Some(mount) => Ok(found(parent, Arc::clone(mount.root()), self::stat(mount.root())?, Some(mount))),
-            None => Ok(found(parent, Arc::new(fd), stat, None)),
+            Some(mount) => {
+                Ok(found(parent, Some(name), Arc::clone(mount.root()), self::stat(mount.root())?, Some(mount)))
+            }
+            None => Ok(found(parent, Some(name), Arc::new(fd), stat, None)),
         }
     }
 
     /// The node of a file that was made in `parent`; counts one lookup.
-    pub(super) fn adopt(&self, parent: &Node, fd: OwnedFd) -> Result<(Arc<Node>, Statx), Errno> {
+    pub(super) fn adopt(&self, parent: &Node, name: Option<&CStr>, fd: OwnedFd) -> Result<(Held, Statx), Errno> {
         let stat = stat(&fd)?;
-        Ok((self.nodes.intern(found(parent, Arc::new(fd), stat, parent.mount.clone()))?, stat))
+        self.intern(found(parent, name, Arc::new(fd), stat, parent.mount.clone()))
+    }
+
+    /// The node of a file; counts one lookup.
+    pub(super) fn intern(&self, found: Found) -> Result<(Held, Statx), Errno> {
+        let stat = found.stat;
+        let node = self.nodes.intern(found)?;
+        self.make_room();
+        Ok((node, stat))
     }
 
     /// Tells the guest of `node`, as it is by `stat`.
@@ -104,17 +123,18 @@ impl Server {
     }
 
     /// Looks `name` up in `parent` and tells the guest of it: the reply of all that makes names.
-    pub(super) fn reply_entry(&self, parent: &Arc<Node>, name: &CStr, out: &mut Buffers<'_>) -> Result<(), Errno> {
+    pub(super) fn reply_entry(&self, parent: &Held, name: &CStr, out: &mut Buffers<'_>) -> Result<(), Errno> {
         let (node, stat) = self.lookup_child(parent, name)?;
         put(out, &self.entry(&node, &stat))
     }
 }
 
-fn found(parent: &Node, fd: Arc<OwnedFd>, stat: Statx, mount: Option<Arc<Mounted>>) -> Found {
+fn found(parent: &Node, name: Option<&CStr>, fd: Arc<OwnedFd>, stat: Statx, mount: Option<Arc<Mounted>>) -> Found {
     let dev = rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor);
+    let place = name.map(|name| (parent.id, Arc::from(name)));
     let is_dir = FileType::from_raw_mode(stat.stx_mode.into()) == FileType::Directory;
     let is_submount = is_dir && (stat.stx_mnt_id, dev) != (parent.key.mount, parent.key.dev);
-    Found { fd, stat, export: Arc::clone(&parent.export), is_export_root: false, is_submount, mount }
+    Found { fd, stat, export: Arc::clone(&parent.export), is_export_root: false, is_submount, mount, place }
 }
 
 /// How a name in `parent` is resolved.

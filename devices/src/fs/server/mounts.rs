@@ -10,12 +10,13 @@ use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use log::{debug, warn};
 use rustix::fs::{Mode, OFlags, ResolveFlags, Statx, openat2};
 use rustix::io::Errno;
 
+use super::held::Held;
 use super::inode::Node;
 use super::{Server, lookup};
 
@@ -57,6 +58,7 @@ pub struct Mounted {
     at: (Arc<Node>, CString),
     /// Root of the copy.
     root: Arc<OwnedFd>,
+    door: OnceLock<Option<(OwnedFd, u64)>>,
     gone: AtomicBool,
 }
 
@@ -69,6 +71,11 @@ impl Mounted {
     /// Root of the copy.
     pub fn root(&self) -> &Arc<OwnedFd> {
         &self.root
+    }
+
+    /// See [`Export::door`](super::exports::Export::door).
+    pub fn door(&self) -> &OnceLock<Option<(OwnedFd, u64)>> {
+        &self.door
     }
 
     /// The directory that it is mounted in, and the name there.
@@ -103,7 +110,7 @@ impl Mounts {
     }
 
     /// The copy of the mount whose root is `fd` and which was met as `name` in `parent`. None when it cannot be copied.
-    fn of(&self, parent: &Arc<Node>, name: &CStr, fd: &OwnedFd, stat: &Statx) -> Option<Arc<Mounted>> {
+    fn of(&self, parent: &Held, name: &CStr, fd: &OwnedFd, stat: &Statx) -> Option<Arc<Mounted>> {
         let host = self.host.as_ref()?;
         let key = (parent.key.export, stat.stx_mnt_id);
         let mut copies = self.lock();
@@ -119,8 +126,9 @@ impl Mounts {
         let list = host.list().inspect_err(|error| warn!("cannot list mounts: {error}")).ok()?;
         copies.parents = list.iter().map(|mount| mount.parent).collect();
         let original = list.into_iter().find(|mount| mount.id == stat.stx_mnt_id)?;
-        let at = (Arc::clone(parent), name.to_owned());
-        let mounted = Arc::new(Mounted { original, at, root: Arc::new(root), gone: AtomicBool::new(false) });
+        let at = (Arc::clone(parent.node()), name.to_owned());
+        let (root, door, gone) = (Arc::new(root), OnceLock::new(), AtomicBool::new(false));
+        let mounted = Arc::new(Mounted { original, at, root, door, gone });
         copies.by_original.insert(key, Arc::clone(&mounted));
         Some(mounted)
     }
@@ -186,12 +194,12 @@ impl Server {
     }
 
     /// The copy through which the file is served that was found as `name` in `parent` on another mount than that.
-    pub(super) fn mounted(&self, parent: &Arc<Node>, name: &CStr, fd: &OwnedFd, stat: &Statx) -> Option<Arc<Mounted>> {
+    pub(super) fn mounted(&self, parent: &Held, name: &CStr, fd: &OwnedFd, stat: &Statx) -> Option<Arc<Mounted>> {
         self.mounts.of(parent, name, fd, stat)
     }
 
     /// What is mounted on the host at `name` in `parent`, a directory of a copy. None when nothing is.
-    pub(super) fn mounted_on_original(&self, parent: &Node, name: &CStr) -> Option<OwnedFd> {
+    pub(super) fn mounted_on_original(&self, parent: &Held, name: &CStr) -> Option<OwnedFd> {
         let mounted = parent.mount.as_ref().filter(|mounted| self.mounts.is_mounted_on(mounted))?;
         let fd = open(&self.original(parent).ok()?, name, lookup::resolve(parent)).ok()?;
         let stat = lookup::stat(&fd).ok()?;
@@ -199,14 +207,15 @@ impl Server {
     }
 
     /// A descriptor by which a directory's mount points can be seen. It is to be closed soon.
-    fn original(&self, node: &Node) -> Result<OwnedFd, Errno> {
+    fn original(&self, node: &Held) -> Result<OwnedFd, Errno> {
         let Some(mounted) = &node.mount else { return Ok(rustix::io::fcntl_dupfd_cloexec(node, 0)?) };
         let (at, name) = mounted.at();
-        let root = open(&self.original(at)?, name, lookup::resolve(at))?;
+        let at = self.hold(Arc::clone(at))?;
+        let root = open(&self.original(&at)?, name, lookup::resolve(&at))?;
         let path = self.path_of(node)?;
         // The kernel gives paths from the root of the copy.
         let path = CString::new(path.strip_prefix(b"/").unwrap_or(&path)).map_err(|_| Errno::INVAL)?;
-        let stay = lookup::resolve(at) | ResolveFlags::NO_XDEV;
+        let stay = lookup::resolve(&at) | ResolveFlags::NO_XDEV;
         let fd = if path.is_empty() { root } else { open(&root, &path, stay)? };
         let stat = lookup::stat(&fd)?;
         let is_it = stat.stx_mnt_id == mounted.original.id && is_same_file(&stat, &lookup::stat(node)?);
