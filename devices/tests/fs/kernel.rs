@@ -48,7 +48,7 @@ fn serve(mut fuse: File, share: FsShare) -> JoinHandle<u64> {
 
 /// Has `act` do something in a mount of `share`; how many requests that took. None, with the reason printed, when this
 /// machine cannot.
-fn with_mount(share: &FsShare, act: impl FnOnce(&Path)) -> Option<u64> {
+pub fn with_mount(share: &FsShare, act: impl FnOnce(&Path)) -> Option<u64> {
     let Ok(fuse) = File::options().read(true).write(true).open("/dev/fuse") else {
         println!("SKIPPED: no /dev/fuse");
         return None;
@@ -77,7 +77,7 @@ fn with_mount(share: &FsShare, act: impl FnOnce(&Path)) -> Option<u64> {
     Some(served)
 }
 
-fn run(directory: &Path, script: &str) -> String {
+pub fn run(directory: &Path, script: &str) -> String {
     let output = Command::new("sh").args(["-euc", script]).current_dir(directory).output().unwrap();
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{script}\n{}\n{out}\n{err}", output.status);

@@ -7,6 +7,7 @@ mod operations;
 mod subjects;
 mod table;
 
+use std::io::Write as _;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -16,7 +17,8 @@ use anyhow::{Context as _, Result, bail};
 pub use fsx::{Fsx, digest};
 pub use table::compare;
 
-/// The argument by which a program is told to try every operation on every kind of file in a folder.
+/// The argument by which a program is told to try operations on all kinds of files in a folder: `FOLDER STEP`, where only one
+/// case in STEP is tried.
 pub const TABLE: &str = "--try-files";
 /// The argument by which a program is told to try a file at random: `FILE SEED SECONDS`.
 pub const FSX: &str = "--fsx";
@@ -40,8 +42,10 @@ pub fn enter() -> Option<ExitCode> {
 }
 
 fn run_table(arguments: &[String]) -> Result<()> {
-    let [_, folder] = arguments else { bail!("usage: {TABLE} FOLDER") };
-    table::run(Path::new(folder), &mut std::io::stdout())
+    let [_, folder, step] = arguments else { bail!("usage: {TABLE} FOLDER STEP") };
+    let mut out = std::io::BufWriter::new(std::io::stdout().lock());
+    table::run(Path::new(folder), step.parse().context("the step")?, &mut out)?;
+    Ok(out.flush()?)
 }
 
 fn run_fsx(arguments: &[String]) -> Result<()> {

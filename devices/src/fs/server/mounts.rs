@@ -208,7 +208,7 @@ impl Server {
 
     /// A descriptor by which a directory's mount points can be seen. It is to be closed soon.
     fn original(&self, node: &Held) -> Result<OwnedFd, Errno> {
-        let Some(mounted) = &node.mount else { return Ok(rustix::io::fcntl_dupfd_cloexec(node, 0)?) };
+        let Some(mounted) = &node.mount else { return rustix::io::fcntl_dupfd_cloexec(node, 0) };
         let (at, name) = mounted.at();
         let at = self.hold(Arc::clone(at))?;
         let root = open(&self.original(&at)?, name, lookup::resolve(&at))?;
