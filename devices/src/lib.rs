@@ -9,6 +9,7 @@ pub mod fs;
 pub mod legacy;
 pub mod memory;
 pub mod net;
+pub mod rate;
 pub mod rng;
 pub mod virtio;
 pub mod vsock;

@@ -13,6 +13,7 @@ use crate::cri::sandbox_resources;
 use crate::host::{self, Cgroup};
 use crate::limits;
 use crate::membership::{self, Membership, MembershipError};
+use crate::network::PortForward;
 use crate::process::terminal::WindowSize;
 use crate::sandbox::image::{GuestImage, ImageError};
 use crate::sandbox::plan::{Plan, PlanError, SharedNamespaces};
@@ -55,6 +56,9 @@ pub enum LaunchError {
         "linux.namespaces: a guest can be plugged into the network namespace {0} by root only; leave the path out for a network without interfaces"
     )]
     NeedsRoot(PathBuf),
+    /// It has one already.
+    #[error("--net=user: linux.namespaces has the network namespace {0} for the container; leave the path out")]
+    TwoNetworks(PathBuf),
     /// The control group on the host.
     #[error(transparent)]
     Cgroup(io::Error),
@@ -78,6 +82,8 @@ pub struct Options {
     pub console: bool,
     /// Whether systemd makes the control group; where nobody says so, its path tells.
     pub systemd_cgroup: Option<bool>,
+    /// The guest has a network by passt, with these ports of the host.
+    pub user_network: Option<Vec<PortForward>>,
 }
 
 impl Options {
@@ -108,6 +114,8 @@ pub struct Launch {
     pub image: GuestImage,
     /// Copy the guest's console to standard error.
     pub console: bool,
+    /// The guest has a network by passt, with these ports of the host.
+    pub user_network: Option<Vec<PortForward>>,
     /// Where its processes are on the host; nothing for an ordinary user, who may have no such group.
     pub cgroup: Option<Cgroup>,
 }
@@ -120,7 +128,7 @@ pub struct StandIn {
     /// Its link.
     pub link: OwnedFd,
     /// Its network namespace, which is to become the guest's network; none for an ordinary user's, who may not plug
-    /// anything into one.
+    /// anything into one, and for a guest that has another network.
     pub netns: Option<OwnedFd>,
 }
 
@@ -139,6 +147,9 @@ impl Launch {
         let shared = membership::shared_namespaces(root, &id, &bundle.spec, sandbox)?;
         let (size, image) = options.settle(&bundle.spec)?;
         let plan = Plan::new(&id, &bundle, size, &shared)?;
+        if let Some(path) = options.user_network.as_ref().and_then(|_| network_of(&bundle.spec)?.path().clone()) {
+            return Err(LaunchError::TwoNetworks(path));
+        }
         let path = bundle.spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_deref());
         let cgroup = match geteuid().is_root() {
             true => Cgroup::plan(path, options.systemd_cgroup, id.as_str()).map_err(LaunchError::Cgroup)?,
@@ -146,7 +157,8 @@ impl Launch {
         };
         let cgroup = cgroup.filter(|cgroup| host::is_root_of_host() || is_usable(cgroup));
         warn_of_limits(&bundle, pod.is_some(), cgroup.is_some());
-        Ok(Self { id, bundle, plan, pod, image, console: options.console, cgroup })
+        let Options { console, user_network, .. } = options;
+        Ok(Self { id, bundle, plan, pod, image, console, user_network, cgroup })
     }
 
     /// Plans a sandbox that is to be there before its first container; `spec` is a configuration without a process.
@@ -159,7 +171,7 @@ impl Launch {
         let bundle = Bundle { path: folder.into(), rootfs: folder.into(), spec, unhonoured: Vec::new() };
         let (size, image) = options.settle(&bundle.spec)?;
         let plan = Plan::new(&id, &bundle, size, &SharedNamespaces::new())?;
-        Ok(Self { id, bundle, plan, pod: None, image, console: false, cgroup })
+        Ok(Self { id, bundle, plan, pod: None, image, console: false, user_network: None, cgroup })
     }
 
     /// The same with its stand-in.
@@ -230,7 +242,7 @@ impl Launch {
         let plan = standin::Plan { namespaces, view, id_maps, terminal };
         let pid = standin::start(plan, theirs).map_err(LaunchError::StandIn)?;
         standin::await_entry(&ours).map_err(LaunchError::StandIn)?;
-        let netns = geteuid().is_root().then(|| {
+        let netns = (geteuid().is_root() && self.user_network.is_none()).then(|| {
             let path = PathBuf::from(format!("/proc/{}/ns/net", pid.as_raw_nonzero()));
             host::open_namespace(&path).map_err(|error| LaunchError::Namespace { path, error })
         });
@@ -238,16 +250,14 @@ impl Launch {
     }
 
     fn no_namespaces(&self) -> Result<Namespaces, LaunchError> {
-        let network = |namespace: &&LinuxNamespace| namespace.typ() == LinuxNamespaceType::Network;
-        match self.listed_namespaces().iter().find(network).and_then(|network| network.path().as_ref()) {
+        match network_of(&self.bundle.spec).and_then(|network| network.path().as_ref()) {
             Some(path) => Err(LaunchError::NeedsRoot(path.clone())),
             None => Ok(Namespaces::default()),
         }
     }
 
     fn listed_namespaces(&self) -> &[LinuxNamespace] {
-        let linux = self.bundle.spec.linux().as_ref();
-        linux.and_then(|linux| linux.namespaces().as_deref()).unwrap_or_default()
+        namespaces_of(&self.bundle.spec)
     }
 
     fn namespaces(&self) -> Result<Namespaces, LaunchError> {
@@ -280,6 +290,14 @@ impl Launch {
         }
         Ok(result)
     }
+}
+
+fn namespaces_of(spec: &Spec) -> &[LinuxNamespace] {
+    spec.linux().as_ref().and_then(|linux| linux.namespaces().as_deref()).unwrap_or_default()
+}
+
+fn network_of(spec: &Spec) -> Option<&LinuxNamespace> {
+    namespaces_of(spec).iter().find(|namespace| namespace.typ() == LinuxNamespaceType::Network)
 }
 
 /// What a bundle says that is written down about its container.

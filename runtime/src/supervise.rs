@@ -3,7 +3,7 @@
 
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,10 +18,11 @@ use crate::hooks::{self, Point};
 use crate::host;
 use crate::launch::{Launch, StandIn};
 use crate::link::Link;
-use crate::network::GuestNetwork;
+use crate::network::{GuestNetwork, NetworkError, UserNetwork};
 use crate::pod::{Io, Network, NewContainer, Phase, Pod, PodError, Process};
 use crate::process::signals::{Listening, Received, Signals};
 use crate::sandbox::agent::AgentError;
+use crate::sandbox::plan::Plan;
 use crate::sandbox::share::file_server;
 use crate::sandbox::vm::{self, Boot, ReadyPort, Started};
 use crate::sandbox::{Sandbox, SandboxError, blocking, probe};
@@ -131,9 +132,9 @@ pub fn supervise(launch: &Launch, outside: Outside, mode: Mode, timings: &mut Ti
 pub async fn attend(launch: &Launch, outside: Outside, mode: Mode, timings: &mut Timings) -> anyhow::Result<Exit> {
     let mut mode = Some(mode);
     let share = file_server();
-    let outcome = match boot(launch, &outside.stand_in, share.clone()) {
-        Ok((started, network)) => {
-            let work = Work { launch, share, mode: &mut mode, end: None, timings };
+    let outcome = match boot(launch, &outside, share.clone()) {
+        Ok((started, network, user_network)) => {
+            let work = Work { launch, share, user_network, mode: &mut mode, end: None, timings };
             work.run(started, network, outside).await
         }
         Err(error) => Err(error),
@@ -150,19 +151,25 @@ pub async fn attend(launch: &Launch, outside: Outside, mode: Mode, timings: &mut
     outcome
 }
 
-fn boot(launch: &Launch, stand_in: &StandIn, share: FsShare) -> anyhow::Result<(Started, Option<GuestNetwork>)> {
+type Booted = (Started, Option<GuestNetwork>, Option<UserNetwork>);
+
+fn boot(launch: &Launch, outside: &Outside, share: FsShare) -> anyhow::Result<Booted> {
     let console = launch.console.then(|| io::stderr().as_fd().try_clone_to_owned());
     let console = console.transpose().context("cannot duplicate standard error")?;
-    let netns = stand_in.netns.as_ref().map(OwnedFd::try_clone).transpose().context("cannot duplicate a descriptor")?;
-    let (network, nets) = netns.map(GuestNetwork::new).transpose()?.unzip();
-    let nets = nets.unwrap_or_default();
+    let netns =
+        outside.stand_in.netns.as_ref().map(OwnedFd::try_clone).transpose().context("cannot duplicate a descriptor")?;
+    let (network, nets) = netns.map(|netns| GuestNetwork::new(netns, launch.plan.size.vcpus)).transpose()?.unzip();
+    let start = |ports: &Vec<_>| UserNetwork::start(ports, &outside.directory);
+    let (user_network, net) = launch.user_network.as_ref().map(start).transpose()?.unzip();
+    let nets = nets.into_iter().flatten().chain(net).collect();
     let started = vm::boot(Boot { image: launch.image.clone(), size: launch.plan.size, share, nets, console })?;
-    Ok((started, network))
+    Ok((started, network, user_network))
 }
 
 struct Work<'a> {
     launch: &'a Launch,
     share: FsShare,
+    user_network: Option<UserNetwork>,
     /// Nothing once it has been told that the container is made.
     mode: &'a mut Option<Mode>,
     /// Ends a pod that does not end with its containers.
@@ -232,16 +239,20 @@ impl Work<'_> {
             let (prepared, ready) = Pod::prepare(sandbox, network, self.share.clone(), ready, &hostname).await?;
             self.note_ready(&ready, exits());
             let pod = pod.insert(prepared);
+            if let Some(network) = &self.user_network {
+                pod.agent().configure_network(&network.request()).await?;
+            }
+            let plan = self.plan(&outside.directory)?;
             let stand_in = |error: io::Error| PodError::StandIn(error.to_string());
             let link = Link::new(outside.stand_in.link).map_err(stand_in)?;
             let first = match outside.io {
                 Some(io) => {
                     let new = NewContainer {
                         id: self.launch.id.to_string(),
-                        spec: self.launch.plan.guest_spec.clone(),
-                        exports: self.launch.plan.exports.clone(),
-                        tmpfs: self.launch.plan.tmpfs.clone(),
-                        replaced: self.launch.plan.replaced.clone(),
+                        spec: plan.guest_spec,
+                        exports: plan.exports,
+                        tmpfs: plan.tmpfs,
+                        replaced: plan.replaced,
                         io,
                         link: Some(link),
                         journal: outside.journal,
@@ -301,6 +312,17 @@ impl Work<'_> {
             Phase::Stopped(exit) => Ok(exit),
             Phase::Created | Phase::Running => Err(PodError::State("the container has not ended".into())),
         }
+    }
+
+    /// What the container gets, with what its network takes.
+    fn plan(&self, directory: &Path) -> Result<Plan, PodError> {
+        let plan = &self.launch.plan;
+        if self.user_network.is_none() {
+            return Ok(plan.clone());
+        }
+        let file = UserNetwork::name_servers(directory).map_err(NetworkError::Socket)?;
+        let plan = plan.with_file(&self.launch.id, Path::new("/etc/resolv.conf"), file);
+        plan.map_err(|error| PodError::State(error.to_string()))
     }
 
     fn note_ready(&mut self, ready: &Ready, exits: u64) {

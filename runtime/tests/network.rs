@@ -97,12 +97,12 @@ impl Pair {
     fn plug(&self) -> Plugged {
         let scan = Scan::of(&self.near).unwrap();
         let eth0 = scan.interfaces.iter().find(|interface| interface.name == "eth0").unwrap();
-        plug(&self.near, eth0).unwrap()
+        plug(&self.near, eth0, 1).unwrap()
     }
 
     /// Packets pass between the tap and the other namespace, both ways and nowhere else.
     fn assert_passes(&self, plugged: &Plugged) {
-        let tap = plugged.tap().unwrap();
+        let tap = plugged.taps().unwrap().remove(0);
         let far = packet_socket(&self.far, "far");
         let near = packet_socket(&self.near, "eth0");
         rustix::io::write(&tap, &[&[0; 12][..], &frame(1)].concat()).unwrap();
@@ -328,7 +328,7 @@ fn a_shared_interface_leaves_the_namespaces_own_answers_to_it() {
     let mut plugged = pair.plug();
     plugged.share().unwrap();
     plugged.share().unwrap();
-    let tap = plugged.tap().unwrap();
+    let tap = plugged.taps().unwrap().remove(0);
     let server = in_network_namespace(&pair.far, || UdpSocket::bind("10.1.0.1:53")).unwrap().unwrap();
     server.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
     let ask = |port: u16| {
@@ -403,10 +403,10 @@ fn a_failed_plug_leaves_nothing() {
     let scan = Scan::of(&pair.near).unwrap();
     let mut ghost = scan.interfaces[0].clone();
     ghost.index = 4711;
-    let error = plug(&pair.near, &ghost).unwrap_err().to_string();
+    let error = plug(&pair.near, &ghost, 1).unwrap_err().to_string();
     assert!(error.starts_with("cannot redirect eth0"), "{error}");
     ghost.mac = None;
-    assert!(matches!(plug(&pair.near, &ghost), Err(NetworkError::NoEthernet(_))));
+    assert!(matches!(plug(&pair.near, &ghost, 1), Err(NetworkError::NoEthernet(_))));
     assert_eq!(pair.state(), before);
 }
 

@@ -10,9 +10,9 @@ use katavm_devices::legacy::{Serial, SerialState};
 use katavm_devices::memory::GuestMemory;
 use katavm_devices::net::Net;
 use katavm_devices::rng::Rng;
-use katavm_devices::virtio::Interrupt;
 use katavm_devices::virtio::mmio::{MmioTransport, NOTIFY_OFFSET, SharedDevice, WINDOW};
 use katavm_devices::virtio::queue::QueueError;
+use katavm_devices::virtio::{Interrupt, Worker};
 use katavm_devices::vsock::Vsock;
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -228,21 +228,24 @@ impl MicrovmBuilder {
 
     fn spawn_loops(&self, environment: &Environment) -> Result<Vec<EventLoop>, BuildError> {
         let Environment { control, ending, .. } = environment;
-        let spawn = |(name, devices)| Ok(EventLoop::spawn(name, devices, control, ending)?);
+        let spawn = |(name, workers): (String, _)| Ok(EventLoop::spawn(&name, workers, control, ending)?);
         threads(&self.devices).into_iter().map(spawn).collect()
     }
 }
 
-/// One thread for all devices that are soon done, one for each that is not, and one for all network interfaces, most
-/// of which are placeholders.
-fn threads(devices: &[Device]) -> Vec<(&'static str, Vec<SharedDevice>)> {
-    let mut threads = vec![(QUICK, Vec::new())];
+/// One thread for all devices that are soon done, one for each that is not, and as many for all network interfaces, most
+/// of which are placeholders, as one of them has pairs of queues.
+fn threads(devices: &[Device]) -> Vec<(String, Vec<Worker>)> {
+    let mut threads = vec![(QUICK.to_owned(), Vec::new())];
     for device in devices {
-        let name = device.thread();
-        let shares = name == QUICK || matches!(device, Device::Net(_));
-        match threads.iter_mut().find(|(other, _)| shares && *other == name) {
-            Some((_, devices)) => devices.push(device.shared()),
-            None => threads.push((name, vec![device.shared()])),
+        // A device that shares no thread shares those of none that came before; its own parts do.
+        let shares = device.thread() == QUICK || matches!(device, Device::Net(_));
+        let first = if shares { 0 } else { threads.len() };
+        for (name, worker) in device.parts() {
+            match threads.iter_mut().skip(first).find(|(other, _)| *other == name) {
+                Some((_, workers)) => workers.push(worker),
+                None => threads.push((name, vec![worker])),
+            }
         }
     }
     threads

@@ -6,6 +6,7 @@ use katavm_devices::block::Block;
 use katavm_devices::fs::Fs;
 use katavm_devices::net::Net;
 use katavm_devices::rng::Rng;
+use katavm_devices::virtio::Worker;
 use katavm_devices::virtio::mmio::SharedDevice;
 use katavm_devices::vsock::Vsock;
 
@@ -45,6 +46,19 @@ impl Device {
             Self::Net(_) => "net",
             Self::Vsock(_) | Self::Rng(_) => QUICK,
         }
+    }
+
+    /// What has to be served, each with the name of its thread: the device together with its first worker, and every
+    /// other one.
+    pub fn parts(&self) -> Vec<(String, Worker)> {
+        let device = self.shared();
+        let name = |number: usize| match number {
+            0 => self.thread().to_owned(),
+            _ => format!("{}-{number}", self.thread()),
+        };
+        let workers = lock(&device).workers();
+        let workers = workers.into_iter().enumerate().map(|(number, worker)| (name(number), worker));
+        std::iter::once((name(0), device as Worker)).chain(workers).collect()
     }
 
     /// The state for a snapshot; the event loops must be parked.

@@ -1,30 +1,30 @@
-//! A thread that serves devices' events, on event-manager.
+//! A thread that serves events of devices and their parts, on event-manager.
 
 use std::io;
 use std::thread::JoinHandle;
 
 use event_manager::{EventManager, RemoteEndpoint, SubscriberOps};
-use katavm_devices::virtio::mmio::SharedDevice;
+use katavm_devices::virtio::Worker;
 
 use crate::control::{Control, Goal};
 use crate::ending::{Ending, ExitReason};
 
-/// One event-loop thread with its devices.
+/// One event-loop thread.
 pub struct EventLoop {
-    endpoint: RemoteEndpoint<SharedDevice>,
+    endpoint: RemoteEndpoint<Worker>,
     control: Control,
     thread: Option<JoinHandle<()>>,
 }
 
 impl EventLoop {
-    /// Starts a thread `name` that serves `devices` as `control` says.
+    /// Starts a thread `name` that serves `workers` as `control` says.
     ///
     /// # Errors
     /// When epoll or the thread cannot be had.
-    pub fn spawn(name: &str, devices: Vec<SharedDevice>, control: &Control, ending: &Ending) -> io::Result<Self> {
+    pub fn spawn(name: &str, workers: Vec<Worker>, control: &Control, ending: &Ending) -> io::Result<Self> {
         let mut manager = EventManager::new().map_err(io::Error::other)?;
-        for device in devices {
-            manager.add_subscriber(device);
+        for worker in workers {
+            manager.add_subscriber(worker);
         }
         let endpoint = manager.remote_endpoint();
         let member = control.join();
@@ -56,7 +56,7 @@ impl Drop for EventLoop {
     }
 }
 
-fn run(manager: &mut EventManager<SharedDevice>, control: &Control, ending: &Ending) {
+fn run(manager: &mut EventManager<Worker>, control: &Control, ending: &Ending) {
     let mut guard = ending.report_panic("an event loop");
     loop {
         match control.goal() {

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Mutex;
 
 use katavm_devices::memory::GuestMemory;
-use katavm_devices::net::{Backend, Net};
+use katavm_devices::net::{Backend, Net, NetLimits};
 use katavm_devices::vsock::ConnectionId;
 use kvm_ioctls::{Kvm, VmFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -168,13 +168,26 @@ impl Microvm {
         }
     }
 
-    /// Gives network interface `index`, counted from 0 in the order in which they were added, its backend, running
-    /// or not: its link goes up.
+    /// Gives network interface `index`, counted from 0 in the order in which they were added, its backends, running
+    /// or not: one for all of its pairs of queues, or one for each. Its link goes up.
     ///
     /// # Errors
-    /// When there is no such interface, or the backend's descriptor cannot be watched.
-    pub fn attach_net(&self, index: usize, backend: impl Backend + 'static) -> Result<(), MicrovmError> {
-        lock(self.interface(index)?).attach(backend).map_err(MicrovmError::Attach)
+    /// When there is no such interface, or a backend's descriptor cannot be watched.
+    pub fn attach_net(
+        &self,
+        index: usize,
+        backends: impl IntoIterator<Item = impl Backend + 'static>,
+    ) -> Result<(), MicrovmError> {
+        lock(self.interface(index)?).attach_queues(backends).map_err(MicrovmError::Attach)
+    }
+
+    /// Holds the link of network interface `index` down, or lets it be up while it has a backend.
+    ///
+    /// # Errors
+    /// When there is no such interface.
+    pub fn set_net_link(&self, index: usize, up: bool) -> Result<(), MicrovmError> {
+        lock(self.interface(index)?).set_link(up);
+        Ok(())
     }
 
     /// Takes the backend of network interface `index` away, if it has one: its link goes down.
@@ -183,6 +196,15 @@ impl Microvm {
     /// When there is no such interface.
     pub fn detach_net(&self, index: usize) -> Result<(), MicrovmError> {
         lock(self.interface(index)?).detach();
+        Ok(())
+    }
+
+    /// Sets other limits for network interface `index`.
+    ///
+    /// # Errors
+    /// When there is no such interface.
+    pub fn set_net_limits(&self, index: usize, limits: NetLimits) -> Result<(), MicrovmError> {
+        lock(self.interface(index)?).set_limits(limits);
         Ok(())
     }
 

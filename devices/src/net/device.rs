@@ -1,20 +1,23 @@
 //! The device behind the transport.
 
 use std::io;
+use std::sync::{Arc, Mutex};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use log::error;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::backend::Backend;
 use super::layout::*;
-use super::link::Link;
+use super::meter::{Meter, NetLimits};
 use super::offloads::Offloads;
-use super::receive::Rooms;
-use super::state::NetState;
-use crate::virtio::queue::QueueSet;
-use crate::virtio::{ActivateError, DeviceType, VirtioDevice};
+use super::pair::{Pair, Terms};
+use super::state::{Asked, NetState};
+use crate::virtio::queue::{QueueError, QueueSet, QueueState};
+use crate::virtio::{ActivateError, DeviceType, ReadyQueues, VirtioDevice, Worker};
 
-/// The event loop's tag of the link; the queues have 0 and 1.
-const LINK: u32 = 2;
+/// The event loop's tag of a loss; the control queue has 0.
+const LOSS: u32 = 1;
 
 /// Why a network device cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +28,9 @@ pub enum NetError {
     /// Below what the specification allows.
     #[error("an MTU of {0} is too small: at least {MTU_MIN}")]
     Mtu(u16),
+    /// None, or more than there are threads for.
+    #[error("{0} pairs of queues: it must be 1 to {MAX_PAIRS}")]
+    Pairs(u16),
     /// No eventfd or epoll instance.
     #[error("cannot make an eventfd or epoll instance for the network device: {0}")]
     Descriptor(#[from] io::Error),
@@ -43,28 +49,54 @@ pub struct NetConfig {
     pub mtu: Option<u16>,
     /// What to offer, whatever backend comes: usually [`Offloads::of_this_kernel`].
     pub offloads: Offloads,
+    /// Pairs of queues, 1 to 8. The driver uses the first one until it asks for more.
+    pub pairs: u16,
+    /// Of what goes through it.
+    pub limits: NetLimits,
 }
 
 /// The network device. Until it gets a backend it is a placeholder, and its link is down when it loses that.
+///
+/// In here are what the driver negotiates and commands, and the link; packets are the pairs' of queues, each of which may
+/// be served by another thread.
 pub struct Net {
     pub(super) config: [u8; CONFIG_BYTES],
-    settings: NetConfig,
-    pub(super) queues: QueueSet,
-    pub(super) link: Link,
+    pub(super) settings: NetConfig,
+    /// All of them; never active, as they are the pairs', and `control`.
+    queues: QueueSet,
+    pub(super) control: QueueSet,
+    /// Which one the control queue is.
+    control_at: usize,
+    pub(super) pairs: Vec<Arc<Mutex<Pair>>>,
+    /// Limits of each direction.
+    pub(super) receives: Arc<Meter>,
+    pub(super) sends: Arc<Meter>,
+    /// A pair has found its backend gone.
+    loss: Arc<EventFd>,
+    /// The first pair's.
+    pub(super) backend: Option<Arc<dyn Backend>>,
+    pub(super) held_down: bool,
     /// Features that the driver accepted.
     pub(super) features: u64,
-    pub(super) rooms: Rooms,
-    /// The queue knows of buffers that a device took which was saved then.
-    pub(super) stale_rooms: bool,
-    /// The driver believes the link to be so, if it differs from what it is.
-    believed_up: Option<bool>,
+    /// Pairs in use, from the first one on; none without a driver.
+    in_use: u16,
+    /// What the driver takes now.
+    pub(super) to_guest: Offloads,
+    /// What the driver of a restored device knows.
+    known: Option<Known>,
+}
+
+/// Of a saved device.
+struct Known {
+    asked: Option<Asked>,
+    link_up: bool,
 }
 
 impl Net {
     /// A new device, with its link down.
     ///
     /// # Errors
-    /// When address or MTU are impossible; when no descriptors can be had.
+    /// When address, MTU or number of pairs are impossible; when no descriptors can be had.
     pub fn new(settings: NetConfig) -> Result<Self, NetError> {
         let [first, ..] = settings.mac;
         if first & 1 == 1 || settings.mac == [0; 6] {
@@ -73,16 +105,39 @@ impl Net {
         if let Some(mtu) = settings.mtu.filter(|mtu| *mtu < MTU_MIN) {
             return Err(NetError::Mtu(mtu));
         }
+        if !(1..=MAX_PAIRS).contains(&settings.pairs) {
+            return Err(NetError::Pairs(settings.pairs));
+        }
         let settings = NetConfig { offloads: settings.offloads.consistent(), ..settings };
+        let count = usize::from(settings.pairs);
+        let control_at = count * PAIR;
+        let queues = QueueSet::new(&vec![QUEUE_SIZE; control_at + 1])?;
+        let control = queues.part(control_at..control_at + 1)?;
+        let loss = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        let meters = [settings.limits.receive, settings.limits.transmit].map(|limits| Arc::new(Meter::new(limits)));
+        let pair = |index: usize| -> io::Result<_> {
+            let own = queues.part(index * PAIR..(index + 1) * PAIR)?;
+            let stand_in_for = control.kicks().first().filter(|_| index == 1).map(EventFd::try_clone).transpose()?;
+            Ok(Arc::new(Mutex::new(Pair::new(own, meters.clone(), Arc::clone(&loss), stand_in_for)?)))
+        };
+        let pairs = (0..count).map(pair).collect::<io::Result<_>>()?;
+        let [receives, sends] = meters;
         Ok(Self {
-            config: config(settings.mac, settings.mtu.unwrap_or(0)),
+            config: config(settings.mac, settings.pairs, settings.mtu.unwrap_or(0)),
             settings,
-            queues: QueueSet::new(&[QUEUE_SIZE; 2])?,
-            link: Link::new()?,
+            queues,
+            control,
+            control_at,
+            pairs,
+            receives,
+            sends,
+            loss,
+            backend: None,
+            held_down: false,
             features: 0,
-            rooms: Rooms::default(),
-            stale_rooms: false,
-            believed_up: None,
+            in_use: 0,
+            to_guest: Offloads::empty(),
+            known: None,
         })
     }
 
@@ -92,11 +147,19 @@ impl Net {
         self.settings.mac
     }
 
+    /// Pairs of queues that it has.
+    #[must_use]
+    pub fn pair_count(&self) -> u16 {
+        self.settings.pairs
+    }
+
     /// The state for a snapshot; the queues' is the transport's.
     #[must_use]
     pub fn save(&self) -> NetState {
-        let NetConfig { mac, mtu, offloads } = self.settings;
-        NetState { mac, mtu, offloads: offloads.bits(), link_up: self.is_up() }
+        let NetConfig { mac, mtu, offloads, pairs, limits } = self.settings;
+        let asked = Asked { pairs: self.in_use, to_guest: self.to_guest.bits() };
+        let asked = (self.in_use > 0).then_some(asked);
+        NetState { mac, mtu, offloads: offloads.bits(), pairs, limits, asked, link_up: self.is_up() }
     }
 
     /// A device as it was saved, without its backend: attach one before the guest goes on, or the driver
@@ -106,41 +169,59 @@ impl Net {
     /// As [`new`](Self::new).
     pub fn restore(state: &NetState) -> Result<Self, NetError> {
         let offloads = Offloads::from_bits_truncate(state.offloads);
-        let mut this = Self::new(NetConfig { mac: state.mac, mtu: state.mtu, offloads })?;
-        this.believed_up = Some(state.link_up);
+        let NetState { mac, mtu, pairs, limits, .. } = *state;
+        let mut this = Self::new(NetConfig { mac, mtu, offloads, pairs, limits })?;
+        this.known = Some(Known { asked: state.asked, link_up: state.link_up });
         Ok(this)
     }
 
-    /// What may be left undone in packets for the guest.
-    pub(super) fn to_guest(&self) -> Offloads {
-        Offloads::to_guest(self.features)
-    }
-
-    /// The longest packet that is not to be segmented any more, with all headers.
-    pub(super) fn frame_max(&self) -> usize {
-        self.settings.mtu.map_or(PACKET_MAX, |mtu| HEADER + LINK_HEADER + usize::from(mtu))
-    }
-
-    /// One turn of work in both directions.
-    fn run(&mut self) {
-        let mut more = self.transmit();
-        more |= self.receive();
-        if more {
-            // Later: the other devices of the event loop come first.
-            self.queues.kick(TX);
+    /// Has the driver use the first `count` pairs.
+    pub(super) fn use_pairs(&mut self, count: u16) {
+        self.in_use = count;
+        for (mut pair, index) in self.pairs().zip(0..) {
+            pair.enable(index < count);
         }
+    }
+
+    /// What may be left undone in packets for the guest from now on.
+    pub(super) fn give(&mut self, offloads: Offloads) {
+        // What is on its way by the old terms is judged by the new ones, and lost if they are against it.
+        self.to_guest = offloads;
+        self.pairs().for_each(|mut pair| pair.terms.to_guest = offloads);
+        self.set_offloads(offloads);
+    }
+
+    fn start_queues(&mut self, ready: ReadyQueues) -> Result<(), QueueError> {
+        let ReadyQueues { mut queues, memory, interrupt } = ready;
+        // Without VIRTIO_NET_F_MQ there is one pair, and the control queue follows it (virtio 1.3, 5.1.2).
+        let pairs = if self.features & F_MQ == 0 { 1 } else { self.pairs.len() };
+        self.control_at = pairs * PAIR;
+        if self.control_at >= queues.len() {
+            return Err(QueueError::Config);
+        }
+        let part = |queues| ReadyQueues { queues, memory: memory.clone(), interrupt: interrupt.clone() };
+        let control = queues.remove(self.control_at);
+        self.control.activate(part(vec![control]));
+        let terms = Terms::new(self.features, self.settings.mtu);
+        let mut queues = queues.into_iter();
+        for mut pair in self.pairs() {
+            pair.start(part(queues.by_ref().take(PAIR).collect()), terms);
+        }
+        Ok(())
     }
 }
 
 impl VirtioDevice for Net {
-    /// Without a link a new driver finds nothing here; one that has the device already keeps it.
+    /// Without a backend a new driver finds nothing here; one that has the device already keeps it.
     fn device_type(&self) -> DeviceType {
-        if self.is_up() { DeviceType::Net } else { DeviceType::Placeholder }
+        if self.backend.is_some() { DeviceType::Net } else { DeviceType::Placeholder }
     }
 
     fn features(&self) -> u64 {
         let mtu = if self.settings.mtu.is_some() { F_MTU } else { 0 };
-        F_MAC | F_STATUS | F_MRG_RXBUF | mtu | self.settings.offloads.offer()
+        let several = if self.settings.pairs > 1 { F_MQ } else { 0 };
+        let offloads = self.settings.offloads.offer();
+        F_MAC | F_STATUS | F_MRG_RXBUF | F_CTRL_VQ | F_CTRL_GUEST_OFFLOADS | several | mtu | offloads
     }
 
     fn queues(&self) -> &QueueSet {
@@ -155,40 +236,66 @@ impl VirtioDevice for Net {
         &self.config
     }
 
-    fn activate(&mut self, features: u64) -> Result<(), ActivateError> {
-        self.features = features;
-        self.rooms.clear();
-        self.stale_rooms = true;
-        self.link.set_offloads(self.to_guest());
-        if self.believed_up.take().is_some_and(|up| up != self.is_up()) {
+    fn workers(&self) -> Vec<Worker> {
+        self.pairs.iter().map(|pair| Arc::clone(pair) as Worker).collect()
+    }
+
+    fn start(&mut self, ready: ReadyQueues, features: u64) -> Result<(), ActivateError> {
+        // Both take the control queue (5.1.3.1).
+        let without = if features & F_CTRL_VQ == 0 { F_MQ | F_CTRL_GUEST_OFFLOADS } else { 0 };
+        self.features = features & !without;
+        self.start_queues(ready)?;
+        let known = self.known.take();
+        let asked = known.as_ref().and_then(|known| known.asked);
+        let accepted = Offloads::to_guest(self.features);
+        let pairs = if self.features & F_MQ == 0 { 1 } else { self.settings.pairs };
+        self.give(asked.map_or(accepted, |asked| Offloads::from_bits_truncate(asked.to_guest) & accepted).consistent());
+        self.use_pairs(asked.map_or(1, |asked| asked.pairs.clamp(1, pairs)));
+        if known.is_some_and(|known| known.link_up != self.is_up()) {
             self.announce();
         }
         Ok(())
     }
 
-    fn reset(&mut self) {
+    fn stop(&mut self) {
+        self.control.deactivate();
+        self.pairs().for_each(|mut pair| pair.stop());
         self.features = 0;
-        self.rooms.clear();
+        self.in_use = 0;
         // Packets for a driver that is not there yet are packets that any driver can take.
-        self.link.set_offloads(Offloads::empty());
+        self.give(Offloads::empty());
+    }
+
+    fn save_queues(&self) -> Option<Vec<QueueState>> {
+        let mut all = Vec::with_capacity(self.queues.sizes().len());
+        for pair in self.pairs() {
+            all.extend(pair.queues.save()?);
+        }
+        let [control]: [QueueState; 1] = self.control.save()?.try_into().ok()?;
+        all.insert(self.control_at, control);
+        Some(all)
     }
 }
 
 impl MutEventSubscriber for Net {
     fn init(&mut self, ops: &mut EventOps) {
-        self.queues.register(ops);
-        if let Err(error) = ops.add(Events::with_data(self.link.events(), LINK, EventSet::IN)) {
-            error!("cannot watch a network link: {error}");
+        self.control.register(ops);
+        if let Err(error) = ops.add(Events::with_data(&*self.loss, LOSS, EventSet::IN)) {
+            error!("cannot watch network links: {error}");
         }
     }
 
     fn process(&mut self, events: Events, _ops: &mut EventOps) {
-        match events.data() {
-            LINK => self.link.look(),
-            queue => {
-                self.queues.take_kick(queue as usize);
-            }
+        if events.data() == LOSS {
+            // It is empty when another thread was quicker.
+            let _ = self.loss.read();
+            return self.look_for_loss();
         }
-        self.run();
+        self.control.take_kick(0);
+        if self.control.needs_reset() {
+            // A queue of a pair has failed.
+            self.control.deactivate();
+        }
+        self.obey();
     }
 }

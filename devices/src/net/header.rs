@@ -36,6 +36,11 @@ pub fn for_driver(mut header: [u8; HEADER], accepted: Offloads, buffers: u16) ->
     Some(header)
 }
 
+/// Whether the driver leaves work on a packet to the device.
+pub fn asks_for_work([flags, gso, ..]: [u8; HEADER]) -> bool {
+    flags & NEEDS_CSUM != 0 || gso != GSO_NONE
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

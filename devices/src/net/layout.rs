@@ -2,6 +2,7 @@
 
 pub const F_CSUM: u64 = 1;
 pub const F_GUEST_CSUM: u64 = 1 << 1;
+pub const F_CTRL_GUEST_OFFLOADS: u64 = 1 << 2;
 pub const F_MTU: u64 = 1 << 3;
 pub const F_MAC: u64 = 1 << 5;
 pub const F_GUEST_TSO4: u64 = 1 << 7;
@@ -14,13 +15,19 @@ pub const F_HOST_ECN: u64 = 1 << 13;
 pub const F_HOST_UFO: u64 = 1 << 14;
 pub const F_MRG_RXBUF: u64 = 1 << 15;
 pub const F_STATUS: u64 = 1 << 16;
+pub const F_CTRL_VQ: u64 = 1 << 17;
+pub const F_MQ: u64 = 1 << 22;
 pub const F_GUEST_USO4: u64 = 1 << 54;
 pub const F_GUEST_USO6: u64 = 1 << 55;
 pub const F_HOST_USO: u64 = 1 << 56;
 
-/// Host to guest.
+/// The most pairs of queues of a device. Each is served by a thread.
+pub const MAX_PAIRS: u16 = 8;
+/// Queues of a pair.
+pub const PAIR: usize = 2;
+/// Host to guest, in a pair.
 pub const RX: usize = 0;
-/// Guest to host.
+/// Guest to host, in a pair.
 pub const TX: usize = 1;
 /// Descriptors per queue.
 pub const QUEUE_SIZE: u16 = 256;
@@ -47,9 +54,9 @@ pub const STATUS_AT: usize = 6;
 pub const LINK_UP: u8 = 1;
 
 /// `struct virtio_net_config`, 5.1.4, with the link down.
-pub fn config(mac: [u8; 6], mtu: u16) -> [u8; CONFIG_BYTES] {
+pub fn config(mac: [u8; 6], pairs: u16, mtu: u16) -> [u8; CONFIG_BYTES] {
     let mut config = [0; CONFIG_BYTES];
-    let bytes = mac.into_iter().chain([0; 2]).chain(1u16.to_le_bytes()).chain(mtu.to_le_bytes());
+    let bytes = mac.into_iter().chain([0; 2]).chain(pairs.to_le_bytes()).chain(mtu.to_le_bytes());
     config.iter_mut().zip(bytes).for_each(|(to, from)| *to = from);
     config
 }
@@ -60,6 +67,6 @@ mod tests {
 
     #[test]
     fn fields_stand_where_the_specification_has_them() {
-        assert_eq!(config([2, 3, 4, 5, 6, 7], 0x1234), [2, 3, 4, 5, 6, 7, 0, 0, 1, 0, 0x34, 0x12]);
+        assert_eq!(config([2, 3, 4, 5, 6, 7], 3, 0x1234), [2, 3, 4, 5, 6, 7, 0, 0, 3, 0, 0x34, 0x12]);
     }
 }

@@ -1,46 +1,109 @@
-//! The link: a backend that comes and goes.
+//! The link: backends that come and go, and whoever takes it up or down.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::sync::{Arc, MutexGuard, PoisonError};
 
-use log::{error, warn};
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use log::warn;
 
 use super::backend::Backend;
 use super::device::Net;
-use super::layout::{LINK_UP, STATUS_AT, TX};
+use super::layout::{LINK_UP, STATUS_AT};
 use super::offloads::Offloads;
+use super::pair::Pair;
 
-/// The backend, if there is one, and its readiness.
-///
-/// It is watched by an epoll set of the device's own, so that whoever attaches or detaches it, on whatever
-/// thread, needs nothing of the event loop.
-pub(super) struct Link {
-    epoll: Epoll,
-    backend: Option<Box<dyn Backend>>,
-    /// There may be packets to read: events tell only that there are new ones.
-    pub readable: bool,
-}
-
-impl Link {
-    pub fn new() -> io::Result<Self> {
-        Ok(Self { epoll: Epoll::new()?, backend: None, readable: false })
+impl Net {
+    /// Gives the device its backend, in the place of what it may have had: its link goes up, unless it is
+    /// [held down](Self::set_link). All pairs of queues share it.
+    ///
+    /// # Errors
+    /// As [`attach_queues`](Self::attach_queues).
+    pub fn attach(&mut self, backend: impl Backend + 'static) -> io::Result<()> {
+        self.attach_queues([backend])
     }
 
-    /// What the event loop watches.
-    pub fn events(&self) -> &Epoll {
-        &self.epoll
+    /// The same with a backend for each pair of queues, as a tap with several queues has them. Pairs that get none send by
+    /// those of others.
+    ///
+    /// # Errors
+    /// When there is none, or one's descriptor cannot be watched; the link is down then.
+    pub fn attach_queues(&mut self, backends: impl IntoIterator<Item = impl Backend + 'static>) -> io::Result<()> {
+        self.take_backends();
+        let backends: Vec<Arc<dyn Backend>> =
+            backends.into_iter().map(|backend| Arc::new(backend) as Arc<dyn Backend>).collect();
+        let put = self.put(&backends);
+        if put.is_err() {
+            self.take_backends();
+        }
+        self.announce();
+        put
     }
 
-    pub fn backend(&self) -> Option<&dyn Backend> {
-        self.backend.as_deref()
+    fn put(&mut self, backends: &[Arc<dyn Backend>]) -> io::Result<()> {
+        let Some(first) = backends.first() else { return Err(io::ErrorKind::InvalidInput.into()) };
+        for ((index, mut pair), backend) in self.pairs().enumerate().zip(backends.iter().cycle()) {
+            pair.lost = None;
+            pair.port.put(Arc::clone(backend), index < backends.len())?;
+            let enabled = pair.is_enabled();
+            pair.port.set_queue(enabled);
+        }
+        // Those that no pair reads from.
+        for extra in backends.iter().skip(self.pairs.len()) {
+            extra.set_queue(false)?;
+        }
+        self.backend = Some(Arc::clone(first));
+        self.set_offloads(self.to_guest);
+        Ok(())
     }
 
+    /// Takes the backend away, if there is one: the link goes down, and what the guest sends is lost.
+    pub fn detach(&mut self) {
+        if self.take_backends() {
+            self.announce();
+        }
+    }
+
+    fn take_backends(&mut self) -> bool {
+        self.pairs().for_each(|mut pair| pair.port.take());
+        self.backend.take().is_some()
+    }
+
+    /// Holds the link down, or lets it be up while there is a backend. What comes or is sent while it is down is lost.
+    pub fn set_link(&mut self, up: bool) {
+        if self.held_down == up {
+            self.held_down = !up;
+            self.announce();
+        }
+    }
+
+    /// Whether the link is up.
+    #[must_use]
     pub fn is_up(&self) -> bool {
-        self.backend.is_some()
+        self.backend.is_some() && !self.held_down
     }
 
-    pub fn set_offloads(&self, offloads: Offloads) {
+    /// Looks whether a pair has found its backend gone.
+    pub(super) fn look_for_loss(&mut self) {
+        let lost = self.pairs().filter_map(|mut pair| pair.lost.take()).last();
+        if let Some(error) = lost
+            && self.backend.is_some()
+        {
+            warn!("the host's side of a guest's network interface is gone, its link is down: {error}");
+            self.detach();
+        }
+    }
+
+    /// Tells the driver of the link, and makes the workers look at it.
+    pub(super) fn announce(&mut self) {
+        let up = self.is_up();
+        self.config[STATUS_AT] = if up { LINK_UP } else { 0 };
+        for mut pair in self.pairs() {
+            pair.port.set_open(!self.held_down);
+            pair.wake();
+        }
+        self.control.signal_config();
+    }
+
+    pub(super) fn set_offloads(&self, offloads: Offloads) {
         if let Some(backend) = &self.backend
             && let Err(error) = backend.set_offloads(offloads)
         {
@@ -49,71 +112,8 @@ impl Link {
         }
     }
 
-    fn put(&mut self, backend: Box<dyn Backend>) -> io::Result<()> {
-        let events = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
-        self.epoll.ctl(ControlOperation::Add, backend.as_fd().as_raw_fd(), EpollEvent::new(events, 0))?;
-        self.backend = Some(backend);
-        self.readable = true;
-        Ok(())
-    }
-
-    fn take(&mut self) -> Option<Box<dyn Backend>> {
-        let backend = self.backend.take()?;
-        if let Err(error) = self.epoll.ctl(ControlOperation::Delete, backend.as_fd().as_raw_fd(), EpollEvent::default())
-        {
-            error!("cannot forget a network backend: {error}");
-        }
-        self.readable = false;
-        Some(backend)
-    }
-
-    /// Takes note of what the backend has to say.
-    pub fn look(&mut self) {
-        let mut events = [EpollEvent::default()];
-        match self.epoll.wait(0, &mut events) {
-            Ok(count) => self.readable |= count > 0 && self.is_up(),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => error!("cannot look at a network backend: {error}"),
-        }
-    }
-}
-
-impl Net {
-    /// Gives the device its backend, in the place of the one that it may have had: its link goes up.
-    ///
-    /// # Errors
-    /// When the backend's descriptor cannot be watched; the link is down then.
-    pub fn attach(&mut self, backend: impl Backend + 'static) -> io::Result<()> {
-        self.detach();
-        self.link.put(Box::new(backend))?;
-        self.link.set_offloads(self.to_guest());
-        self.announce();
-        Ok(())
-    }
-
-    /// Takes the backend away, if there is one: the link goes down, and what the guest sends is lost.
-    pub fn detach(&mut self) {
-        if self.link.take().is_some() {
-            self.announce();
-        }
-    }
-
-    /// Whether there is a backend.
-    #[must_use]
-    pub fn is_up(&self) -> bool {
-        self.link.is_up()
-    }
-
-    /// The backend does not work any more, as when its interface was deleted.
-    pub(super) fn lose(&mut self, error: &io::Error) {
-        warn!("the host's side of a guest's network interface is gone, its link is down: {error}");
-        self.detach();
-    }
-
-    /// Tells the driver of the link, and makes the event loop look at it.
-    pub(super) fn announce(&mut self) {
-        self.config[STATUS_AT] = if self.link.is_up() { LINK_UP } else { 0 };
-        self.queues.signal_config();
-        self.queues.kick(TX);
+    /// Each pair, one after the other; also when a thread panicked with it: its state is checked, not trusted.
+    pub(super) fn pairs(&self) -> impl Iterator<Item = MutexGuard<'_, Pair>> {
+        self.pairs.iter().map(|pair| pair.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }

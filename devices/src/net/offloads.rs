@@ -76,6 +76,13 @@ impl Offloads {
         accepted.fold(Self::empty(), |all, (offload, ..)| all | *offload).consistent()
     }
 
+    /// What the driver asks to be given from now on, by feature bits (5.1.6.5.7); none when it has not `accepted` all of
+    /// them, or they are no offloads.
+    pub(super) fn asked(bits: u64, accepted: u64) -> Option<Self> {
+        let possible = FEATURES.iter().fold(0, |all, (.., guest)| all | guest) & accepted;
+        (bits & !possible == 0).then(|| Self::to_guest(bits))
+    }
+
     /// Any segmentation.
     pub(super) fn segments(self) -> bool {
         !(self - Self::CSUM).is_empty()

@@ -2,14 +2,13 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::AsRawFd;
 
 use log::debug;
 
-use super::backend::Backend;
-use super::device::Net;
+use super::backend::{Backend, is_lost};
 use super::header;
-use super::layout::{F_MRG_RXBUF, HEADER, PACKET_MAX, RX, TURN};
+use super::layout::{HEADER, PACKET_MAX, RX, TURN};
+use super::pair::Pair;
 use crate::memory::GuestMemory;
 use crate::virtio::queue::Chain;
 
@@ -20,40 +19,61 @@ const PIECES: usize = libc::UIO_MAXIOV as usize;
 /// and mostly gets a shorter one: what is left is for the next.
 #[derive(Default)]
 pub(super) struct Rooms {
-    chains: VecDeque<Chain>,
+    chains: VecDeque<Room>,
     bytes: usize,
+    /// Where they all are in this process, in order.
+    vectors: Vectors,
 }
+
+struct Room {
+    chain: Chain,
+    bytes: usize,
+    /// How many of the vectors are its.
+    pieces: usize,
+}
+
+/// Pieces of guest memory, for a system call that fills them.
+#[derive(Default)]
+struct Vectors(Vec<libc::iovec>);
+
+// SAFETY: the pointers are into guest memory, which is every thread's alike and stays mapped for as long as the queue is
+// active; they are looked at in system calls only, by whoever holds the queue.
+unsafe impl Send for Vectors {}
 
 impl Rooms {
     pub fn clear(&mut self) {
         *self = Self::default();
     }
 
-    fn push(&mut self, chain: Chain) {
-        self.bytes += chain.writable_len();
-        self.chains.push_back(chain);
+    fn push(&mut self, chain: Chain, memory: &GuestMemory) {
+        let (bytes, before) = (chain.writable_len(), self.vectors.0.len());
+        chain.extend_writable(memory, &mut self.vectors.0);
+        self.bytes += bytes;
+        let pieces = self.vectors.0.len() - before;
+        self.chains.push_back(Room { chain, bytes, pieces });
     }
 
     /// Takes out the chains that the first `len` bytes are in, with how much of each.
     fn take(&mut self, len: usize) -> Vec<(u16, u32)> {
-        let mut left = len;
+        let (mut left, mut pieces) = (len, 0);
         let mut taken = Vec::new();
         while left > 0
-            && let Some(chain) = self.chains.pop_front()
+            && let Some(room) = self.chains.pop_front()
         {
-            let room = chain.writable_len();
-            self.bytes -= room;
-            let part = room.min(left);
+            self.bytes -= room.bytes;
+            pieces += room.pieces;
+            let part = room.bytes.min(left);
             left -= part;
             // A room is a chain, and those have at most 2^32 - 1 bytes here: the header's room was checked.
-            taken.push((chain.head(), u32::try_from(part).unwrap_or(u32::MAX)));
+            taken.push((room.chain.head(), u32::try_from(part).unwrap_or(u32::MAX)));
         }
+        self.vectors.0.drain(..pieces);
         taken
     }
 
     /// Writes the header into the first room.
     fn head(&self, memory: &GuestMemory, change: impl FnOnce([u8; HEADER]) -> Option<[u8; HEADER]>) -> bool {
-        let Some(mut buffers) = self.chains.front().map(|chain| chain.writer(memory)) else { return false };
+        let Some(mut buffers) = self.chains.front().map(|room| room.chain.writer(memory)) else { return false };
         let mut bytes = [0; HEADER];
         if buffers.clone().read(&mut bytes) < HEADER {
             return false;
@@ -76,7 +96,7 @@ enum Got {
     Lost(io::Error),
 }
 
-impl Net {
+impl Pair {
     /// Gives the guest the packets that wait for it; true when there may be more after this turn.
     pub(super) fn receive(&mut self) -> bool {
         if self.stale_rooms {
@@ -89,7 +109,12 @@ impl Net {
         let mut budget = TURN;
         // Kicks of this queue matter only while it lacks buffers.
         self.queues.disable_kicks(RX);
-        while budget > 0 && self.link.readable && self.gather(&mut used, &mut budget) {
+        while budget > 0
+            && self.port.readable
+            && self.port.open
+            && self.may_receive()
+            && self.gather(&memory, &mut used, &mut budget)
+        {
             budget -= 1;
             used |= self.packet(&memory);
         }
@@ -101,7 +126,7 @@ impl Net {
 
     /// Takes buffers until there is room for whatever comes; false when there are too few now. Buffers without a use
     /// count as packets.
-    fn gather(&mut self, used: &mut bool, budget: &mut usize) -> bool {
+    fn gather(&mut self, memory: &GuestMemory, used: &mut bool, budget: &mut usize) -> bool {
         let (bytes, chains) = self.room_needed();
         while self.rooms.bytes < bytes && self.rooms.chains.len() < chains {
             let Some(chain) = self.queues.pop(RX) else {
@@ -112,7 +137,7 @@ impl Net {
             };
             let room = chain.writable_len();
             if room > HEADER && u32::try_from(room).is_ok() {
-                self.rooms.push(chain);
+                self.rooms.push(chain, memory);
             } else {
                 debug!("a receive buffer of {room} bytes has no use: given back empty");
                 self.queues.add_used(RX, chain.head(), 0);
@@ -128,34 +153,36 @@ impl Net {
 
     /// How many bytes the longest packet takes, and how many buffers there may be for it.
     fn room_needed(&self) -> (usize, usize) {
-        if self.features & F_MRG_RXBUF == 0 {
+        if !self.terms.mergeable {
             return (PACKET_MAX, 1);
         }
-        (if self.to_guest().segments() { PACKET_MAX } else { self.frame_max() }, usize::MAX)
+        (if self.terms.to_guest.segments() { PACKET_MAX } else { self.terms.frame_max }, usize::MAX)
     }
 
     /// Moves one packet; true when buffers were used.
     fn packet(&mut self, memory: &GuestMemory) -> bool {
-        let got = read(self.link.backend(), &self.rooms, memory);
-        match got {
-            Got::Packet(len) => return self.deliver(len, memory),
+        match read(self.port.backend(), &mut self.rooms) {
+            Got::Packet(len) => {
+                self.owe(len - HEADER);
+                return self.deliver(len, memory);
+            }
             Got::Unusable => debug!("a packet that does not fit into the guest's buffers is dropped"),
-            Got::Nothing => self.link.readable = false,
+            Got::Nothing => self.port.readable = false,
             Got::Failure(error) => {
                 debug!("cannot read a packet: {error}");
-                self.link.readable = false;
+                self.port.readable = false;
             }
-            Got::Lost(error) => self.lose(&error),
+            Got::Lost(error) => self.lose(error),
         }
         false
     }
 
     fn deliver(&mut self, len: usize, memory: &GuestMemory) -> bool {
-        let accepted = self.to_guest();
+        let accepted = self.terms.to_guest;
         let mut left = len;
-        let buffers = self.rooms.chains.iter().take_while(|chain| {
+        let buffers = self.rooms.chains.iter().take_while(|room| {
             let needed = left > 0;
-            left = left.saturating_sub(chain.writable_len());
+            left = left.saturating_sub(room.bytes);
             needed
         });
         let count = u16::try_from(buffers.count()).unwrap_or(u16::MAX);
@@ -171,36 +198,35 @@ impl Net {
 }
 
 /// Reads one packet straight into guest memory.
-fn read(backend: Option<&dyn Backend>, rooms: &Rooms, memory: &GuestMemory) -> Got {
+fn read(backend: Option<&dyn Backend>, rooms: &mut Rooms) -> Got {
     let Some(backend) = backend else { return Got::Nothing };
-    let mut vectors = Vec::with_capacity(rooms.chains.len());
-    for chain in &rooms.chains {
-        chain.extend_iovecs(memory, &mut vectors);
-        if vectors.len() >= PIECES {
-            vectors.truncate(PIECES - 1);
-            break;
-        }
-    }
-    let room: usize = vectors.iter().map(|vector| vector.iov_len).sum();
-    // A packet that was cut off is told by nothing but this byte.
+    let vectors = &mut rooms.vectors.0;
+    // A packet that was cut off is told by nothing but this byte, which comes after all others.
     let mut spare = 0u8;
-    vectors.push(libc::iovec { iov_base: (&raw mut spare).cast(), iov_len: 1 });
-    let count = i32::try_from(vectors.len()).unwrap_or(libc::UIO_MAXIOV);
+    let last = vectors.len().min(PIECES - 1);
+    vectors.insert(last, libc::iovec { iov_base: (&raw mut spare).cast(), iov_len: 1 });
+    let got = read_into(backend, &vectors[..=last]);
+    vectors.remove(last);
+    got
+}
+
+/// The last of `vectors` is one byte that no packet should reach.
+fn read_into(backend: &dyn Backend, vectors: &[libc::iovec]) -> Got {
+    let room = vectors.iter().map(|vector| vector.iov_len).sum::<usize>() - 1;
     loop {
-        // SAFETY: the descriptor is open, and the vectors describe guest memory that stays mapped while `memory`
-        // lives, and `spare`; nothing in this process relies on what is in them.
-        let got = unsafe { libc::readv(backend.as_fd().as_raw_fd(), vectors.as_ptr(), count) };
-        let error = match usize::try_from(got) {
+        // SAFETY: the vectors describe guest memory, which stays mapped while its queue is active, and a byte of the
+        // caller's; nothing in this process relies on what is in them.
+        let error = match unsafe { backend.read(vectors) } {
             // A tap never gives an empty packet; a socket does when its other end is closed.
             Ok(0) => return Got::Lost(io::ErrorKind::UnexpectedEof.into()),
             Ok(len) if (HEADER..=room).contains(&len) => return Got::Packet(len),
             Ok(_) => return Got::Unusable,
-            Err(_) => io::Error::last_os_error(),
+            Err(error) => error,
         };
-        match error.raw_os_error() {
-            Some(libc::EINTR) => {}
-            Some(libc::EAGAIN) => return Got::Nothing,
-            Some(libc::EBADFD | libc::ENODEV | libc::EPIPE) => return Got::Lost(error),
+        match error.kind() {
+            io::ErrorKind::Interrupted => {}
+            io::ErrorKind::WouldBlock => return Got::Nothing,
+            _ if is_lost(&error) => return Got::Lost(error),
             _ => return Got::Failure(error),
         }
     }

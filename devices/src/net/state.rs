@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::meter::NetLimits;
+
 /// What a restored device has in common with the saved one, whose driver knows it by heart.
 ///
 /// The backend is the host's and does not go into a snapshot. Packets are moved within one turn of the event loop,
@@ -14,6 +16,21 @@ pub struct NetState {
     pub mtu: Option<u16>,
     /// What it offers to do or to leave undone, as `TUNSETOFFLOAD` has it.
     pub offloads: u32,
+    /// The pairs of queues that it has.
+    pub pairs: u16,
+    /// Limits of what goes through it; their buckets are full again after a restore.
+    pub limits: NetLimits,
+    /// What the driver has asked for last, if there was one.
+    pub asked: Option<Asked>,
     /// The link was up.
     pub link_up: bool,
+}
+
+/// What a driver has asked for by the control queue, or has if it asked for nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Asked {
+    /// Pairs of queues in use, from the first one on.
+    pub pairs: u16,
+    /// What may be left undone in packets for the guest, as `TUNSETOFFLOAD` has it.
+    pub to_guest: u32,
 }

@@ -1,14 +1,12 @@
 //! Guest to host.
 
 use std::io;
-use std::os::fd::AsRawFd;
 
 use log::debug;
 
-use super::backend::Backend;
-use super::device::Net;
-use super::layout::{PACKET_MAX, PACKET_MIN, TURN, TX};
-use crate::virtio::queue::Buffers;
+use super::backend::{Backend, is_lost};
+use super::layout::{HEADER, PACKET_MAX, PACKET_MIN, TURN, TX};
+use super::pair::Pair;
 
 /// What became of a packet.
 enum Sent {
@@ -20,12 +18,16 @@ enum Sent {
     Lost(io::Error),
 }
 
-impl Net {
+impl Pair {
     /// Sends what the guest has for the host; true when there may be more after this turn.
     pub(super) fn transmit(&mut self) -> bool {
         let Some(memory) = self.queues.memory() else { return false };
+        if let Some(Err(error)) = self.port.backend().map(Backend::flush) {
+            self.lose(error);
+        }
         let mut used = false;
         let mut more = true;
+        let mut vectors = Vec::new();
         self.queues.disable_kicks(TX);
         for _ in 0..TURN {
             let Some(chain) = self.queues.pop(TX) else {
@@ -35,14 +37,22 @@ impl Net {
                 more = false;
                 break;
             };
-            match send(self.link.backend(), &chain.reader(&memory)) {
+            let len = chain.readable_len();
+            if !self.may_send(len.saturating_sub(HEADER)) {
+                self.queues.undo_pop(TX);
+                more = false;
+                break;
+            }
+            vectors.clear();
+            chain.extend_readable(&memory, &mut vectors);
+            match send(self.port.backend(), &vectors, len) {
                 Sent::Done => {}
                 Sent::Later => {
                     self.queues.undo_pop(TX);
                     more = false;
                     break;
                 }
-                Sent::Lost(error) => self.lose(&error),
+                Sent::Lost(error) => self.lose(error),
             }
             self.queues.add_used(TX, chain.head(), 0);
             used = true;
@@ -54,30 +64,21 @@ impl Net {
     }
 }
 
-/// Writes one packet straight from guest memory.
-fn send(backend: Option<&dyn Backend>, packet: &Buffers<'_>) -> Sent {
-    let len = packet.remaining();
-    let vectors = packet.iovecs(len);
-    let reachable: usize = vectors.iter().map(|vector| vector.iov_len).sum();
-    if !(PACKET_MIN..=PACKET_MAX).contains(&len) || reachable != len {
+/// Writes one packet of `len` bytes straight from guest memory.
+fn send(backend: Option<&dyn Backend>, vectors: &[libc::iovec], len: usize) -> Sent {
+    if !(PACKET_MIN..=PACKET_MAX).contains(&len) || vectors.len() > libc::UIO_MAXIOV as usize {
         debug!("a packet of {len} bytes with its header, in {} pieces, is dropped", vectors.len());
         return Sent::Done;
     }
     let Some(backend) = backend else { return Sent::Done };
-    let count = i32::try_from(vectors.len()).unwrap_or(libc::UIO_MAXIOV);
     loop {
-        // SAFETY: the descriptor is open, and the vectors describe guest memory that stays mapped while `packet`
-        // lives. The kernel only reads it, once; the guest may change it meanwhile, and gets what it asked for.
-        let sent = unsafe { libc::writev(backend.as_fd().as_raw_fd(), vectors.as_ptr(), count) };
-        if sent >= 0 {
-            return Sent::Done;
-        }
-        let error = io::Error::last_os_error();
-        match error.raw_os_error() {
-            Some(libc::EINTR) => {}
-            Some(libc::EAGAIN) => return Sent::Later,
-            // The interface was deleted; or a socket's other end.
-            Some(libc::EBADFD | libc::ENODEV | libc::EPIPE) => return Sent::Lost(error),
+        // SAFETY: the vectors describe guest memory, which stays mapped while its queue is active. It is only read; the
+        // guest may change it meanwhile, and gets what it asked for.
+        let Err(error) = (unsafe { backend.write(vectors) }) else { return Sent::Done };
+        match error.kind() {
+            io::ErrorKind::Interrupted => {}
+            io::ErrorKind::WouldBlock => return Sent::Later,
+            _ if is_lost(&error) => return Sent::Lost(error),
             // A header that makes no sense, an interface that is down, no memory: as on any wire, the packet is lost.
             _ => {
                 debug!("a packet of {len} bytes is dropped: {error}");

@@ -1,9 +1,16 @@
 //! The contract between a virtio device and its transport.
 
+use std::sync::{Arc, Mutex};
+
 use event_manager::MutEventSubscriber;
 use serde::{Deserialize, Serialize};
 
-use super::queue::{QueueError, QueueSet};
+use super::Interrupt;
+use super::queue::{QueueError, QueueSet, QueueState, VirtQueue};
+use crate::memory::GuestMemory;
+
+/// What a thread's event loop serves: a device, or a part of one that may have a thread to itself.
+pub type Worker = Arc<Mutex<dyn MutEventSubscriber + Send>>;
 
 /// Device types (virtio 1.3, 5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,6 +50,16 @@ pub enum ActivateError {
     Host(#[from] std::io::Error),
 }
 
+/// Queues that a driver has set up, all of them checked, with what they work on.
+pub struct ReadyQueues {
+    /// All queues of the device, by their numbers.
+    pub queues: Vec<VirtQueue>,
+    /// The memory that they are in.
+    pub memory: GuestMemory,
+    /// The device's interrupt.
+    pub interrupt: Interrupt,
+}
+
 /// A virtio device behind a transport.
 ///
 /// The event loop calls it as a [`MutEventSubscriber`] for kicks and its own file descriptors; the
@@ -56,7 +73,7 @@ pub trait VirtioDevice: MutEventSubscriber + Send {
     /// The device's own feature bits (0 to 23 and 50 on); the transport adds the reserved ones.
     fn features(&self) -> u64;
 
-    /// The queues.
+    /// The queues. Those of a device that gives them to its [`workers`](Self::workers) are never active in here.
     fn queues(&self) -> &QueueSet;
 
     /// The queues.
@@ -85,4 +102,35 @@ pub trait VirtioDevice: MutEventSubscriber + Send {
 
     /// The driver resets the device: forget all requests. The queues are already inactive.
     fn reset(&mut self) {}
+
+    /// Parts of the device that can do their work beside each other, each on the event loop of another thread. They
+    /// are the same for as long as the device is there, and no part takes the device's own lock.
+    fn workers(&self) -> Vec<Worker> {
+        Vec::new()
+    }
+
+    /// Hands the queues over at DRIVER_OK or on restore, and [activates](Self::activate) the device. Only a device with
+    /// [`workers`](Self::workers) has its own way of it.
+    ///
+    /// # Errors
+    /// Those of [`activate`](Self::activate); the queues are inactive then.
+    fn start(&mut self, ready: ReadyQueues, features: u64) -> Result<(), ActivateError> {
+        self.queues_mut().activate(ready);
+        let started = self.activate(features);
+        if started.is_err() {
+            self.queues_mut().deactivate();
+        }
+        started
+    }
+
+    /// Takes the queues away and [resets](Self::reset) the device.
+    fn stop(&mut self) {
+        self.queues_mut().deactivate();
+        self.reset();
+    }
+
+    /// The state of all queues, by their numbers; none while they are not active. The event loops must be parked.
+    fn save_queues(&self) -> Option<Vec<QueueState>> {
+        self.queues().save()
+    }
 }

@@ -5,5 +5,5 @@ mod interrupt;
 pub mod mmio;
 pub mod queue;
 
-pub use device::{ActivateError, DeviceType, SharedMemory, VirtioDevice};
+pub use device::{ActivateError, DeviceType, ReadyQueues, SharedMemory, VirtioDevice, Worker};
 pub use interrupt::Interrupt;

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use event_manager::{EventManager, SubscriberOps};
 use katavm_devices::memory::GuestMemory;
 use katavm_devices::virtio::mmio::{MmioState, MmioTransport, RestoreError};
-use katavm_devices::virtio::{Interrupt, VirtioDevice};
+use katavm_devices::virtio::{Interrupt, VirtioDevice, Worker};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -100,7 +100,7 @@ pub struct Machine {
     pub memory: GuestMemory,
     pub line: EventFd,
     pub rings: Vec<Ring>,
-    events: EventManager<Arc<Mutex<dyn VirtioDevice>>>,
+    events: EventManager<Worker>,
 }
 
 pub fn memory() -> GuestMemory {
@@ -118,7 +118,10 @@ impl Machine {
         let interrupt = Interrupt::new(line.try_clone().unwrap());
         let sizes = device.lock().unwrap().queues().sizes().to_vec();
         let mut events = EventManager::new().unwrap();
-        events.add_subscriber(device.clone());
+        events.add_subscriber(device.clone() as Worker);
+        for worker in device.lock().unwrap().workers() {
+            events.add_subscriber(worker);
+        }
         let transport = MmioTransport::new(device, memory.clone(), interrupt).unwrap();
         let mut machine = Self { transport, memory, line, rings: Vec::new(), events };
         machine.place_rings_of(&sizes);

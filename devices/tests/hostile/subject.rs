@@ -293,7 +293,13 @@ impl Backend for Loopback {
 
 /// The device on `wire`; without segmentation, so that small buffers are enough for any packet.
 fn net_on(wire: Loopback) -> Arc<Mutex<dyn VirtioDevice>> {
-    let config = NetConfig { mac: [2, 0, 0, 0, 0, 1], mtu: Some(68), offloads: Offloads::empty() };
+    let config = NetConfig {
+        mac: [2, 0, 0, 0, 0, 1],
+        mtu: Some(68),
+        offloads: Offloads::empty(),
+        pairs: 2,
+        limits: Default::default(),
+    };
     let mut net = Net::new(config).unwrap();
     net.attach(wire).unwrap();
     Arc::new(Mutex::new(net))
@@ -393,5 +399,30 @@ impl Subject for NetReceiveSubject {
         let (len, answer) = machine.exchange(self.queue(), &request, room);
         self.check(len.expect("a packet arrives"), &answer);
         assert!(machine.interrupted(), "a packet interrupts");
+    }
+}
+
+struct NetControlSubject;
+
+pub fn net_control() -> impl Subject {
+    NetControlSubject
+}
+
+impl Subject for NetControlSubject {
+    fn device(&self) -> Arc<Mutex<dyn VirtioDevice>> {
+        net_on(Loopback::new())
+    }
+
+    fn queue(&self) -> usize {
+        4
+    }
+
+    fn request(&self) -> (Vec<u8>, u32) {
+        // Both pairs.
+        (vec![4, 0, 2, 0], 1)
+    }
+
+    fn check(&self, len: u32, answer: &[u8]) {
+        assert_eq!((len, answer), (1, &[0][..]));
     }
 }

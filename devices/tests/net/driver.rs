@@ -6,7 +6,7 @@ use std::os::unix::net::UnixDatagram;
 use std::sync::{Arc, Mutex};
 
 use katavm_devices::memory::GuestMemory;
-use katavm_devices::net::{Backend, Net, NetConfig, Offloads};
+use katavm_devices::net::{Backend, Net, NetConfig, NetLimits, Offloads};
 
 use crate::common::{CONFIG, F_EVENT_IDX, Machine, writable};
 
@@ -23,6 +23,8 @@ const ROOMS: u64 = 32 << 20;
 pub struct Wire {
     socket: UnixDatagram,
     pub offloads: Arc<Mutex<Vec<Offloads>>>,
+    /// The queue's switch.
+    pub switched: Arc<Mutex<Vec<bool>>>,
 }
 
 impl Wire {
@@ -31,7 +33,7 @@ impl Wire {
         let (ours, theirs) = UnixDatagram::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
         theirs.set_nonblocking(true).unwrap();
-        (Self { socket: ours, offloads: Arc::default() }, theirs)
+        (Self { socket: ours, offloads: Arc::default(), switched: Arc::default() }, theirs)
     }
 }
 
@@ -46,10 +48,15 @@ impl Backend for Wire {
         self.offloads.lock().unwrap().push(offloads);
         Ok(())
     }
+
+    fn set_queue(&self, on: bool) -> io::Result<()> {
+        self.switched.lock().unwrap().push(on);
+        Ok(())
+    }
 }
 
 pub fn settings() -> NetConfig {
-    NetConfig { mac: MAC, mtu: Some(1500), offloads: Offloads::all() }
+    NetConfig { mac: MAC, mtu: Some(1500), offloads: Offloads::all(), pairs: 1, limits: NetLimits::default() }
 }
 
 /// A device that its driver has started, without a backend.

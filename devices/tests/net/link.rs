@@ -17,12 +17,12 @@ fn the_configuration_tells_address_and_mtu() {
     driver.machine.transport.read(CONFIG, &mut bytes);
     assert_eq!(bytes, [2, 0xaa, 0xbb, 0xcc, 0xdd, 0xee, 0, 0, 1, 0, 0xdc, 5]);
     let offered = driver.machine.offered();
-    // MAC, STATUS, MRG_RXBUF and MTU; no control queue, no multiple queues.
-    assert_eq!(offered & 0xff_ffff, 1 << 16 | 1 << 15 | 1 << 5 | 1 << 3 | 0x7f83);
+    // MAC, STATUS, MRG_RXBUF, MTU, and the control queue with CTRL_GUEST_OFFLOADS; no multiple queues.
+    assert_eq!(offered & 0xff_ffff, 1 << 17 | 1 << 16 | 1 << 15 | 1 << 5 | 1 << 3 | 1 << 2 | 0x7f83);
     assert_eq!(offered >> 50 & 0x3fff, 0x70);
     let without = Driver::with(NetConfig { mtu: None, offloads: Offloads::empty(), ..settings() }, !F_EVENT_IDX);
     let Driver { mut machine, .. } = without;
-    assert_eq!(machine.offered() & 0xff_ffff, 1 << 16 | 1 << 15 | 1 << 5);
+    assert_eq!(machine.offered() & 0xff_ffff, 1 << 17 | 1 << 16 | 1 << 15 | 1 << 5 | 1 << 2);
 }
 
 #[test]

@@ -4,8 +4,11 @@
 mod common;
 
 mod driver;
+mod limits;
 mod link;
 mod receive;
 mod restore;
+mod several;
+mod stream;
 mod tap;
 mod transmit;

@@ -4,7 +4,7 @@ use std::io::{self, Write as _};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::process::Command;
 
-use katavm_devices::net::Tap;
+use katavm_devices::net::{NetConfig, Offloads, Tap};
 
 use crate::common::*;
 use crate::driver::*;
@@ -170,4 +170,58 @@ fn wrong_flags() {
 #[test]
 fn a_tap_without_headers_is_refused() {
     in_namespace("a_tap_without_headers_is_refused", wrong_flags);
+}
+
+const IFF_MULTI_QUEUE: i16 = 0x0100;
+
+/// A UDP packet over IPv4 from a port of its own, by which the kernel chooses a queue.
+fn datagram(port: u16) -> Vec<u8> {
+    let mut frame = frame(port as u8);
+    frame[24..26].copy_from_slice(&[8, 0]);
+    frame[26..46].copy_from_slice(&[0x45, 0, 0, 100, 0, 0, 0, 0, 64, 17, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2]);
+    frame[46..48].copy_from_slice(&port.to_be_bytes());
+    frame
+}
+
+fn several_queues() {
+    let flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | IFF_MULTI_QUEUE;
+    let taps = [(); 2].map(|()| Tap::new(open_tap("tap0", flags).unwrap()).unwrap());
+    let mut driver = Driver::with(NetConfig { pairs: 2, offloads: Offloads::CSUM, ..settings() }, !F_EVENT_IDX);
+    driver.net.lock().unwrap().attach_queues(taps).unwrap();
+    ip("link set tap0 up");
+    let host = packet_socket("tap0");
+    for queue in [0, 2] {
+        for head in 0..MANY {
+            let address = (if queue == 0 { 32 << 20 } else { 36 << 20 }) + u64::from(head) * u64::from(ROOM);
+            driver.machine.describe(driver.machine.rings[queue].desc, head, writable(address, ROOM));
+            driver.machine.offer(queue, head);
+        }
+        driver.machine.kick(queue);
+    }
+    let came = |driver: &mut Driver| {
+        driver.machine.used(0);
+        driver.machine.used(2);
+        for port in 5000..5032 {
+            rustix::io::write(&host, &datagram(port)[12..]).unwrap();
+        }
+        driver.machine.run();
+        [0, 2].map(|queue| driver.machine.used(queue).iter().filter(|(_, len)| *len == 212).count())
+    };
+    // One pair is in use: the kernel knows of no other queue.
+    assert_eq!(came(&mut driver), [32, 0]);
+    assert_eq!(driver.machine.exchange(4, &[4, 0, 2, 0], 1).1, [0]);
+    let [first, second] = came(&mut driver);
+    assert!(first + second == 32 && first > 0 && second > 0, "{first} and {second}");
+    assert_eq!(driver.machine.exchange(4, &[4, 0, 1, 0], 1).1, [0]);
+    assert_eq!(came(&mut driver), [32, 0]);
+    assert_eq!(driver.link_status(), 1, "a queue that is switched off is no loss");
+    assert_eq!(driver.machine.exchange(3, &frame(1), 0).0, None, "a pair that is not in use does nothing");
+    ip("link del tap0");
+    driver.machine.run();
+    assert_eq!(driver.link_status(), 0);
+}
+
+#[test]
+fn a_tap_may_have_several_queues() {
+    in_namespace("a_tap_may_have_several_queues", several_queues);
 }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::network::PortForward;
 use crate::sandbox::size::{DEFAULT_MEMORY_MIB, DEFAULT_VCPUS, MINIMUM_MEMORY_MIB, MemorySize};
 use crate::state::Id;
 
@@ -202,12 +203,25 @@ pub struct Run {
     pub front: Front,
     #[command(flatten)]
     pub machine: Machine,
+    /// Another network than that of the bundle's network namespace
+    #[arg(long = "net", value_enum, value_name = "NETWORK")]
+    pub network: Option<Network>,
+    /// With --net=user: have this port of the host lead to one of the guest
+    #[arg(long, short, value_name = "[IP:]HOST:GUEST[/udp]", requires = "network")]
+    pub publish: Vec<PortForward>,
     /// Copy the guest's console to standard error
     #[arg(long)]
     pub console: bool,
     /// Tell on standard error, at the end, when the steps happened
     #[arg(long, value_enum, value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "table")]
     pub timings: Option<TimingsFormat>,
+}
+
+/// A network that takes no namespace of the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Network {
+    /// By the program passt, without any right: the guest reaches what the user reaches
+    User,
 }
 
 /// Options of `list`.

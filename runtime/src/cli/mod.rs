@@ -119,5 +119,13 @@ fn launch_options(global: &Global, machine: Machine, console: bool) -> anyhow::R
     let Machine { cpus, memory, kernel, initrd } = machine;
     let settings = Settings::load(global.config.as_deref())?;
     let size = SizeOptions { memory, cpus, ..Default::default() };
-    Ok(launch::Options { size, kernel, initrd, console, systemd_cgroup: Some(global.systemd_cgroup), settings })
+    Ok(launch::Options {
+        size,
+        kernel,
+        initrd,
+        console,
+        systemd_cgroup: Some(global.systemd_cgroup),
+        settings,
+        user_network: None,
+    })
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, bail};
 
-use super::arguments::{Global, Run, TimingsFormat};
+use super::arguments::{Global, Network, Run, TimingsFormat};
 use super::{background, control, launch_options, pid_file, state_root};
 use crate::hooks::{self, Point};
 use crate::launch::Launch;
@@ -27,9 +27,15 @@ use crate::watcher;
 /// Whatever keeps it from running to its end.
 pub fn run(global: &Global, options: Run, mut timings: Timings) -> anyhow::Result<u8> {
     let (bundle, id) = target(&options)?;
-    let Run { detach, keep, front, machine, console, timings: told, .. } = options;
+    let Run { detach, keep, front, machine, network, publish, console, timings: told, .. } = options;
     let root = state_root(global)?;
-    let launch = Launch::plan(&root, id, &bundle, launch_options(global, machine, console)?)?;
+    let mut settled = launch_options(global, machine, console)?;
+    settled.user_network = network.map(|Network::User| publish);
+    let has_own_network = settled.user_network.is_some();
+    let launch = Launch::plan(&root, id, &bundle, settled)?;
+    if has_own_network && launch.pod.is_some() {
+        bail!("--net: a container in the sandbox of another has the network of that");
+    }
     if detach {
         background::make(global, &launch, &front)?;
         if let Err(error) = control::start(global, &launch.id) {

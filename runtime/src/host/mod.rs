@@ -26,9 +26,10 @@ pub use mounts::{
     receive_mounts_only, unmount,
 };
 pub use namespaces::{enter_new_namespaces, is_own_network, join_namespace, open_namespace, run_in_namespaces_of};
-pub use netns::{in_network_namespace, make_tap, network_setting, network_table, set_network_setting};
+pub use netns::{has_ipv6_route, in_network_namespace, make_tap, network_setting, network_table, set_network_setting};
 pub use processes::{
     Fork, close_inherited, detach, exit_now, fork, fork_ignoring_signals, fork_into_pid_namespace, kill, kill_and_reap,
-    let_go_of_streams, note_inherited, pidfd_of_self, reap, set_process_name, start_time_ns, wait_for_end,
+    kill_program, let_go_of_streams, note_inherited, pidfd_of_self, reap, run_with_descriptor, set_process_name,
+    start_time_ns, wait_for_end,
 };
 pub use users::is_root_of_host;

@@ -11,6 +11,7 @@ const TUN: &str = "/dev/net/tun";
 // From <linux/if_tun.h>.
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
 const IFF_TAP: libc::c_short = 0x0002;
+const IFF_MULTI_QUEUE: libc::c_short = 0x0100;
 const IFF_NO_PI: libc::c_short = 0x1000;
 const IFF_VNET_HDR: libc::c_short = 0x4000;
 
@@ -31,12 +32,21 @@ pub fn in_network_namespace<T: Send>(netns: impl AsFd, work: impl FnOnce() -> T 
     })
 }
 
-/// Makes a tap interface in the network namespace of the calling thread: one queue, Ethernet frames with a `struct
-/// virtio_net_hdr` in front. It is there as long as the descriptor is open. A `%d` in `name` becomes a free number.
+/// Makes a tap interface in the network namespace of the calling thread: Ethernet frames with a `struct virtio_net_hdr`
+/// in front, and a descriptor for each of `queues` queues, at least one. It is there as long as one of them is open. A
+/// `%d` in `name` becomes a free number.
 ///
 /// # Errors
 /// Those of open(2) and of TUNSETIFF. `InvalidInput` for a name that no interface can have.
-pub fn make_tap(name: &str) -> io::Result<(OwnedFd, String)> {
+pub fn make_tap(name: &str, queues: u16) -> io::Result<(Vec<OwnedFd>, String)> {
+    let several = if queues > 1 { IFF_MULTI_QUEUE } else { 0 };
+    let (first, name) = open_tap(name, several)?;
+    let others = (1..queues).map(|_| Ok(open_tap(&name, several)?.0));
+    let queues = std::iter::once(Ok(first)).chain(others).collect::<io::Result<_>>()?;
+    Ok((queues, name))
+}
+
+fn open_tap(name: &str, flags: libc::c_short) -> io::Result<(OwnedFd, String)> {
     let tun = OpenOptions::new().read(true).write(true).open(TUN).map_err(|error| match error.kind() {
         io::ErrorKind::PermissionDenied => io::Error::new(error.kind(), format!("no permission to open {TUN}")),
         _ => error,
@@ -48,7 +58,7 @@ pub fn make_tap(name: &str) -> io::Result<(OwnedFd, String)> {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{name:?} is too long for an interface")));
     }
     request.ifr_name.iter_mut().zip(name.bytes()).for_each(|(to, from)| *to = from.cast_signed());
-    request.ifr_ifru.ifru_flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR;
+    request.ifr_ifru.ifru_flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | flags;
     // SAFETY: TUNSETIFF reads one ifreq and writes the name into it.
     Errno::result(unsafe { libc::ioctl(tun.as_raw_fd(), TUNSETIFF, &raw mut request) })?;
     let name = request.ifr_name.iter().take_while(|byte| **byte != 0).map(|byte| byte.cast_unsigned());
@@ -79,6 +89,18 @@ pub fn network_table(name: &str) -> io::Result<String> {
     std::fs::read_to_string(format!("/proc/thread-self/net/{name}"))
 }
 
+/// Whether this process' network has a way for IPv6 to the world.
+#[must_use]
+pub fn has_ipv6_route() -> bool {
+    // Destination, its prefix, source, its prefix, next hop, metric, references, uses, flags, interface (proc_net(5)).
+    let is_default = |line: &str| {
+        let words: Vec<_> = line.split_whitespace().collect();
+        words.get(1) == Some(&"00") && words.last().is_some_and(|interface| *interface != "lo")
+    };
+    // A kernel without IPv6 has no such table.
+    network_table("ipv6_route").is_ok_and(|table| table.lines().any(is_default))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -94,6 +116,6 @@ mod tests {
     #[test]
     fn a_name_that_is_too_long_is_refused() {
         // Where there is no /dev/net/tun, that is the error.
-        assert!(make_tap("a-name-of-16-is-").is_err());
+        assert!(make_tap("a-name-of-16-is-", 1).is_err());
     }
 }

@@ -3,6 +3,8 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -192,6 +194,34 @@ pub fn kill(pid: u32) -> io::Result<()> {
         None | Some(Ok(()) | Err(rustix::io::Errno::SRCH)) => Ok(()),
         Some(Err(error)) => Err(error.into()),
     }
+}
+
+/// Kills a process (SIGKILL) if it runs a program whose name begins so; that there is none is no error.
+///
+/// # Errors
+/// As [`kill`].
+pub fn kill_program(pid: u32, name: &str) -> io::Result<()> {
+    match std::fs::read_to_string(format!("/proc/{pid}/comm")) {
+        Ok(comm) if comm.starts_with(name) => kill(pid),
+        _ => Ok(()),
+    }
+}
+
+/// Runs a program to its end, which finds a descriptor by the number that `option` tells it; what it said.
+///
+/// # Errors
+/// Those of starting it and of reading what it says.
+pub fn run_with_descriptor(command: &mut Command, option: &str, fd: OwnedFd) -> io::Result<Output> {
+    let number = fd.as_raw_fd();
+    command.arg(option).arg(number.to_string()).stdin(Stdio::null());
+    // SAFETY: between fork and exec only fcntl(2) is called, which is safe there, on a descriptor that is open until
+    // this function returns.
+    unsafe {
+        command.pre_exec(move || Ok(rustix::io::fcntl_setfd(borrow(number), rustix::io::FdFlags::empty())?));
+    }
+    let output = command.output();
+    drop(fd);
+    output
 }
 
 fn pidfd_of(pid: u32) -> io::Result<Option<OwnedFd>> {

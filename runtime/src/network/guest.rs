@@ -7,7 +7,7 @@ use katavm_devices::net::Net;
 use katavm_protocol::agent::ConfigureNetworkRequest;
 use katavm_vmm::Microvm;
 
-use super::{Interface, NetworkError, Plugged, Scan, Watch, device, own, plug, slot};
+use super::{Interface, NetworkError, Plugged, Scan, Watch, device, own, pairs_for, plug, slot};
 
 /// Interfaces that may come once the guest is built, beside those that are there then: a machine cannot be given
 /// devices, but what has no interface yet costs the guest nothing.
@@ -20,6 +20,8 @@ pub struct GuestNetwork {
     netns: OwnedFd,
     watch: Watch,
     ports: Vec<Port>,
+    /// Pairs of queues of each.
+    pairs: u16,
     /// The ports that the namespace's own connections were from, before they were told from the guest's.
     own_ports: Option<String>,
 }
@@ -31,15 +33,16 @@ struct Port {
 }
 
 impl GuestNetwork {
-    /// Plugs all interfaces that are there into devices for a guest that is to be built with them, in this order.
+    /// Plugs all interfaces that are there into devices for a guest of so many vCPUs that is to be built with them, in
+    /// this order.
     ///
     /// # Errors
     /// Any [`NetworkError`]; the namespace is as it was then.
-    pub fn new(netns: OwnedFd) -> Result<(Self, Vec<Net>), NetworkError> {
+    pub fn new(netns: OwnedFd, vcpus: u8) -> Result<(Self, Vec<Net>), NetworkError> {
         // Before the scan: nothing is missed after it.
         let watch = Watch::new(&netns)?;
         let scan = free(&netns)?;
-        let mut network = Self { netns, watch, ports: Vec::new(), own_ports: None };
+        let mut network = Self { netns, watch, ports: Vec::new(), pairs: pairs_for(vcpus), own_ports: None };
         let nets = network.fill(&scan)?;
         Ok((network, nets))
     }
@@ -47,16 +50,16 @@ impl GuestNetwork {
     fn fill(&mut self, scan: &Scan) -> Result<Vec<Net>, NetworkError> {
         let mut nets = Vec::new();
         for interface in scan.interfaces.iter().filter(|interface| is_pluggable(interface)) {
-            let mut net = device(interface)?;
-            let plugged = plug(&self.netns, interface)?;
-            let tap = plugged.tap();
+            let mut net = device(interface, self.pairs)?;
+            let plugged = plug(&self.netns, interface, self.pairs)?;
+            let taps = plugged.taps();
             self.ports.push(Port { mac: net.mac(), plugged: Some(plugged) });
-            net.attach(tap?).map_err(NetworkError::Socket)?;
+            net.attach_queues(taps?).map_err(NetworkError::Socket)?;
             nets.push(net);
         }
         self.share(scan);
         for _ in 0..SPARE {
-            let net = slot()?;
+            let net = slot(self.pairs)?;
             self.ports.push(Port { mac: net.mac(), plugged: None });
             nets.push(net);
         }
@@ -82,15 +85,21 @@ impl GuestNetwork {
             }
             match self.ports.iter_mut().enumerate().find(|(_, port)| port.plugged.is_none()) {
                 Some((index, port)) => {
-                    let plugged = plug(&self.netns, interface)?;
-                    let tap = plugged.tap();
+                    let plugged = plug(&self.netns, interface, self.pairs)?;
+                    let taps = plugged.taps();
                     port.plugged = Some(plugged);
-                    machine.attach_net(index, tap?)?;
+                    machine.attach_net(index, taps?)?;
                 }
                 None => log::warn!(
                     "the guest has no device for the interface {}: a running one can be given {SPARE}",
                     interface.name
                 ),
+            }
+        }
+        for (index, port) in self.ports.iter().enumerate() {
+            let interface = port.plugged.as_ref().and_then(|plugged| scan.interface(plugged.interface()));
+            if let Some(interface) = interface {
+                machine.set_net_link(index, interface.carrier)?;
             }
         }
         self.share(&scan);

@@ -4,6 +4,8 @@
 //! interface and that tap, both ways, by traffic control: the addresses stay on the interface, where engines look
 //! for them, and the guest gets the same ones ([`Scan::request`]). [`Watch`] tells when to scan again.
 //! [`GuestNetwork`] does all of that for one guest.
+//!
+//! [`UserNetwork`] is the other kind: it takes no namespace, and no right on the host.
 
 mod guest;
 mod listen;
@@ -15,6 +17,7 @@ mod plug;
 mod request;
 mod scan;
 mod slot;
+mod user;
 mod watch;
 
 pub use guest::GuestNetwork;
@@ -22,7 +25,8 @@ pub use listen::{Listening, listen_in};
 pub use model::{Address, Hop, Interface, Neighbour, Route, Rule, Scan};
 pub use names::{name_server, name_server_by_tcp};
 pub use plug::{Plugged, plug};
-pub use slot::{device, random_mac, slot};
+pub use slot::{device, pairs_for, random_mac, slot};
+pub use user::{PortForward, UserNetwork, UserNetworkError};
 pub use watch::Watch;
 
 use std::io;

@@ -34,6 +34,8 @@ pub struct Interface {
     pub mtu: u32,
     /// It is set up, whether it has a carrier or not.
     pub up: bool,
+    /// It has a carrier, which it only has while it is set up.
+    pub carrier: bool,
     /// IPv6 is not switched off on it.
     pub ipv6: bool,
     /// In the order in which the kernel has them.

@@ -32,7 +32,7 @@ pub struct Plugged {
     netns: OwnedFd,
     interface: u32,
     name: String,
-    tap: OwnedFd,
+    queues: Vec<OwnedFd>,
     tap_index: u32,
     redirection: Redirection,
     /// The namespace has its own answers.
@@ -48,29 +48,29 @@ enum Redirection {
     Filter,
 }
 
-/// Makes a tap in the namespace, and redirects all packets between it and `interface`, both ways. Addresses stay
+/// Makes a tap of so many queues in the namespace, and redirects all packets between it and `interface`, both ways. Addresses stay
 /// where they are. What an earlier sandbox left on the interface when it was killed is replaced.
 ///
 /// # Errors
 /// Any [`NetworkError`]; the namespace is as it was then.
-pub fn plug(netns: impl AsFd, interface: &Interface) -> Result<Plugged, NetworkError> {
+pub fn plug(netns: impl AsFd, interface: &Interface, queues: u16) -> Result<Plugged, NetworkError> {
     let name = interface.name.clone();
     if interface.mac.is_none() {
         return Err(NetworkError::NoEthernet(name));
     }
     let index = interface.index;
     let netns = netns.as_fd().try_clone_to_owned().map_err(NetworkError::Enter)?;
-    let (tap, tap_index, redirection) = converse(&netns, async |handle| {
-        // Closing it on the way out takes it away again, with all that is on it.
-        let (tap, tap_name) = make_tap(&format!("{TAP_PREFIX}%d")).map_err(NetworkError::Tap)?;
+    let (queues, tap_index, redirection) = converse(&netns, async |handle| {
+        // Closing them on the way out takes it away again, with all that is on it.
+        let (queues, tap_name) = make_tap(&format!("{TAP_PREFIX}%d"), queues).map_err(NetworkError::Tap)?;
         let tap_index = index_of(&handle, &tap_name).await?;
         let up = LinkUnspec::new_with_index(tap_index).mtu(interface.mtu.min(TAP_MTU_MAX)).up().build();
         handle.link().set(up).execute().await.map_err(failed(format!("set up {tap_name}")))?;
         redirect(&handle, tap_index, index, &name).await?;
         let redirection = redirect(&handle, index, tap_index, &name).await?;
-        Ok((tap, tap_index, redirection))
+        Ok((queues, tap_index, redirection))
     })?;
-    Ok(Plugged { netns, interface: index, name, tap, tap_index, redirection, shared: false })
+    Ok(Plugged { netns, interface: index, name, queues, tap_index, redirection, shared: false })
 }
 
 impl Plugged {
@@ -80,13 +80,13 @@ impl Plugged {
         self.interface
     }
 
-    /// The tap for a network device of the guest. It can be asked for again, for a device that is restored; the tap
-    /// has one reader at a time.
+    /// The tap's queues for a network device of the guest. They can be asked for again, for a device that is restored;
+    /// each has one reader at a time.
     ///
     /// # Errors
     /// When no descriptors are left.
-    pub fn tap(&self) -> Result<Tap, TapError> {
-        Tap::new(self.tap.try_clone().map_err(TapError::SetUp)?)
+    pub fn taps(&self) -> Result<Vec<Tap>, TapError> {
+        self.queues.iter().map(|queue| Tap::new(queue.try_clone().map_err(TapError::SetUp)?)).collect()
     }
 
     /// Leaves to the namespace from now on what answers its own questions: see [`own`].
@@ -116,9 +116,9 @@ impl Plugged {
     /// # Errors
     /// Any other [`NetworkError`].
     pub fn unplug(self) -> Result<(), NetworkError> {
-        let Self { netns, interface, name, tap, redirection, .. } = self;
+        let Self { netns, interface, name, queues, redirection, .. } = self;
         converse(&netns, async |handle| {
-            drop(tap);
+            drop(queues);
             let removed = match redirection {
                 Redirection::Qdisc => remove_qdisc(&handle, interface).await,
                 Redirection::Filter => remove_filter(&handle, interface).await,

@@ -88,6 +88,7 @@ fn interface(message: &LinkMessage) -> Option<Interface> {
         mac: None,
         mtu: 0,
         up: message.header.flags.contains(LinkFlags::Up),
+        carrier: message.header.flags.contains(LinkFlags::LowerUp),
         ipv6: false,
         addresses: Vec::new(),
     };

@@ -2,10 +2,20 @@
 
 use std::io;
 
-use katavm_devices::net::{Net, NetConfig, NetError, Offloads};
+use katavm_devices::net::{Net, NetConfig, NetError, NetLimits, Offloads};
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::Interface;
+
+/// The most pairs of queues of an interface: each takes a thread, and the one interrupt that a device has takes its share
+/// of what more of them would gain.
+const MOST_PAIRS: u16 = 4;
+
+/// How many pairs of queues the interfaces of a guest have: one for each vCPU, up to 4.
+#[must_use]
+pub fn pairs_for(vcpus: u8) -> u16 {
+    u16::from(vcpus).clamp(1, MOST_PAIRS)
+}
 
 /// An address for a device that has none of its own: local and random.
 ///
@@ -21,16 +31,24 @@ pub fn random_mac() -> io::Result<[u8; 6]> {
 }
 
 /// A network device for an interface that is there already, with the interface's address; the tap is still to be
-/// attached. It takes any MTU, as the interface's may change.
+/// attached. It takes any MTU, as the interface's may change. The link is up when the interface's is.
 ///
 /// # Errors
 /// When no random numbers or descriptors can be had.
-pub fn device(interface: &Interface) -> Result<Net, NetError> {
+pub fn device(interface: &Interface, pairs: u16) -> Result<Net, NetError> {
     let mac = match interface.mac {
         Some(mac) => mac,
         None => random_mac()?,
     };
-    Net::new(NetConfig { mac, mtu: None, offloads: Offloads::of_this_kernel() })
+    let mut net = Net::new(NetConfig {
+        mac,
+        mtu: None,
+        offloads: Offloads::of_this_kernel(),
+        pairs,
+        limits: NetLimits::default(),
+    })?;
+    net.set_link(interface.carrier);
+    Ok(net)
 }
 
 /// A network device without a link, for an interface that may come when the guest is running already. It takes
@@ -38,13 +56,24 @@ pub fn device(interface: &Interface) -> Result<Net, NetError> {
 ///
 /// # Errors
 /// When no random numbers or descriptors can be had.
-pub fn slot() -> Result<Net, NetError> {
-    Net::new(NetConfig { mac: random_mac()?, mtu: None, offloads: Offloads::of_this_kernel() })
+pub fn slot(pairs: u16) -> Result<Net, NetError> {
+    Net::new(NetConfig {
+        mac: random_mac()?,
+        mtu: None,
+        offloads: Offloads::of_this_kernel(),
+        pairs,
+        limits: NetLimits::default(),
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pairs_follow_the_vcpus() {
+        assert_eq!([0, 1, 2, 4, 5, 32].map(pairs_for), [1, 1, 2, 4, 4, 4]);
+    }
 
     #[test]
     fn addresses_are_local_and_differ() {

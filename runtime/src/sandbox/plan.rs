@@ -196,6 +196,33 @@ impl Plan {
         let terminal = spec.process().as_ref().and_then(|process| process.terminal()).unwrap_or_default();
         Ok(Self { size, exports, tmpfs, replaced, guest_spec: serde_json::to_vec(&spec)?, terminal, view })
     }
+
+    /// The same with one more file of the host, which the container sees at `destination` and cannot change; as it is
+    /// when the bundle mounts something there, or above.
+    ///
+    /// # Errors
+    /// [`PlanError::Json`].
+    pub fn with_file(&self, id: &Id, destination: &Path, path: PathBuf) -> Result<Self, PlanError> {
+        let mut plan = self.clone();
+        let mut spec: Spec = serde_json::from_slice(&plan.guest_spec)?;
+        let mut mounts = spec.mounts().clone().unwrap_or_default();
+        let above =
+            |mount: &Mount| mount.destination() != Path::new("/") && destination.starts_with(mount.destination());
+        if mounts.iter().any(above) {
+            return Ok(plan);
+        }
+        let name = format!("{id}.mount-{}", mounts.len());
+        let mut mount = Mount::default();
+        mount.set_destination(destination.to_owned());
+        mount.set_typ(Some("bind".into()));
+        mount.set_source(Some(Path::new(SHARED).join(&name)));
+        mount.set_options(Some(["bind", "ro", "nosuid", "nodev", "noexec"].map(Into::into).into()));
+        mounts.push(mount);
+        spec.set_mounts(Some(mounts));
+        plan.guest_spec = serde_json::to_vec(&spec)?;
+        plan.exports.push(Export { name, path, read_only: true, id_map: None, is_volume: true });
+        Ok(plan)
+    }
 }
 
 /// Whose the files of a mount shall seem to be: by maps of its own, or by those of the container's user namespace.
@@ -423,6 +450,24 @@ mod tests {
         let sources: Vec<_> = spec["mounts"].as_array().unwrap().iter().map(|m| m["source"].clone()).collect();
         assert_eq!(sources, ["proc", "/run/katavm/shared/c1.mount-1", "/run/katavm/shared/c1.mount-2", "/dev/zero"]);
         assert_eq!(spec["mounts"][1]["options"], json!(["rbind", "ro"]));
+    }
+
+    #[test]
+    fn a_file_is_added_where_nothing_is_mounted() {
+        let id = "c1".parse().unwrap();
+        let place = Path::new("/etc/resolv.conf");
+        let (plan_before, _) = plan(json!([{ "destination": "/proc", "type": "proc", "source": "proc" }]));
+        let more = plan_before.with_file(&id, place, "/state/resolv.conf".into()).unwrap();
+        let spec: Value = serde_json::from_slice(&more.guest_spec).unwrap();
+        assert_eq!(spec["mounts"][1]["source"], "/run/katavm/shared/c1.mount-1");
+        assert_eq!(spec["mounts"][1]["destination"], "/etc/resolv.conf");
+        let added = more.exports.last().unwrap();
+        assert_eq!((added.name.as_str(), added.read_only), ("c1.mount-1", true));
+        for own in ["/etc", "/etc/resolv.conf"] {
+            let (before, _) = plan(json!([{ "destination": own, "type": "bind", "source": "data" }]));
+            let after = before.with_file(&id, place, "/x".into()).unwrap();
+            assert_eq!((after.exports, after.guest_spec), (before.exports, before.guest_spec), "{own}");
+        }
     }
 
     #[test]

@@ -12,7 +12,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// The runtime's own files in a state root, which stay.
 const KEPT: [&str; 3] = [".lock", ".kvm-works", ".containerd"];
 /// Names of processes of a sandbox.
-const PROCESSES: [&str; 4] = ["katavm", "katavm-watcher", "katavm-sandbox", "katavm-standin"];
+const PROCESSES: [&str; 6] = ["katavm", "katavm-watcher", "katavm-sandbox", "katavm-standin", "passt", "passt.avx2"];
 
 /// What there is at one moment.
 pub struct Traces {

@@ -9,7 +9,7 @@ mod boot;
 mod bootstrap;
 mod containerd;
 mod context;
-mod cri;
+pub(crate) mod cri;
 mod crio;
 mod docker;
 mod failing;
@@ -34,6 +34,7 @@ mod shim;
 mod snapshot;
 mod survive;
 mod systemd;
+mod traffic;
 mod user;
 
 use anyhow::Result;
@@ -106,7 +107,7 @@ pub fn cases(boot: Boot, long: bool) -> Vec<Case> {
     tables.iter().copied().flatten().flat_map(rows).collect()
 }
 
-const FIRST: &[Table] = &[boot::CASES, agent::CASES, files::CASES, snapshot::CASES, network::CASES];
+const FIRST: &[Table] = &[boot::CASES, agent::CASES, files::CASES, snapshot::CASES, network::CASES, traffic::CASES];
 const LAST: &[Table] =
     &[oci::CASES, limits::CASES, idmap::CASES, failing::CASES, hostile::CASES, survive::CASES, user::CASES];
 const ENGINES: &[Table] = &[podman::CASES, rootless::CASES, docker::CASES, crio::CASES, beside::CASES];
@@ -118,6 +119,7 @@ const CONTAINERD: &[Table] = &[
     containerd::AFTER,
     shim::CASES,
     cri::CASES,
+    cri::SANDBOXER,
 ];
 
 fn rows((group, rows): &'static Table) -> impl Iterator<Item = Case> {

@@ -33,6 +33,8 @@ pub const CASES: (&str, &[Row]) = (
 
 /// Where the namespace is mounted by `ip netns`.
 const PLACE: &str = "/run/netns/katavm-e2e";
+/// Pairs of queues of the guest's device.
+const PAIRS: u16 = 2;
 /// What goes over TCP, each way.
 const BYTES: usize = 10 << 20;
 
@@ -155,7 +157,13 @@ fn finished<T>(server: JoinHandle<std::io::Result<T>>) -> Result<T> {
 fn device(interface: &Interface) -> Result<Net> {
     let mtu = Some(u16::try_from(interface.mtu)?);
     let mac = interface.mac.context("eth0 has no address")?;
-    Ok(Net::new(NetConfig { mac, mtu, offloads: Offloads::of_this_kernel() })?)
+    Ok(Net::new(NetConfig {
+        mac,
+        mtu,
+        offloads: Offloads::of_this_kernel(),
+        pairs: PAIRS,
+        limits: Default::default(),
+    })?)
 }
 
 fn configure(guest: &Guest, scan: &Scan, plugged: &Plugged, mac: [u8; 6]) -> Result<()> {
@@ -194,8 +202,8 @@ fn whole_network(context: &Context) -> Result<Verdict> {
     let (scan, eth0) = namespace.scan()?;
     let mac = eth0.mac.context("eth0 has no address")?;
     let mut net = device(&eth0)?;
-    let plugged = plug(&namespace.fd, &eth0)?;
-    net.attach(plugged.tap()?)?;
+    let plugged = plug(&namespace.fd, &eth0, PAIRS)?;
+    net.attach_queues(plugged.taps()?)?;
     let guest = Guest::boot_with(context, vec![net], |_| ())?;
     guest.sandbox()?;
     // Once more is no harm.
@@ -262,7 +270,7 @@ fn whole_network(context: &Context) -> Result<Verdict> {
         ["c1", "c2", "t0", "t1", "c4"].iter().map(|id| ((*id).to_owned(), root.clone())).collect();
     let exports: Vec<(&str, &Path)> = exports.iter().map(|(id, root)| (&**id, &**root)).collect();
     let guest = rebuild::here(context, guest, &exports)?;
-    guest.vm.attach_net(0, plugged.tap()?)?;
+    guest.vm.attach_net(0, plugged.taps()?)?;
     let text = said(&guest, "c3", &root, PING)?;
     ensure!(text.matches("2 packets received, 0% packet loss").count() == 2, "{text}");
     ensure!(guest.vm.exits() > 100, "KVM counted {} exits: no guest ran", guest.vm.exits());
@@ -276,7 +284,7 @@ fn whole_network(context: &Context) -> Result<Verdict> {
 /// As dockerd does it: the guest runs already when the namespace gets its interface.
 fn late(context: &Context) -> Result<Verdict> {
     let namespace = Namespace::new()?;
-    let device = slot()?;
+    let device = slot(PAIRS)?;
     let mac = device.mac();
     let guest = Guest::boot_with(context, vec![device], |_| ())?;
     guest.sandbox()?;
@@ -289,14 +297,14 @@ fn late(context: &Context) -> Result<Verdict> {
     namespace.connect()?;
     news(&watch)?;
     let (scan, eth0) = namespace.scan()?;
-    let plugged = plug(&namespace.fd, &eth0)?;
-    guest.vm.attach_net(0, plugged.tap()?)?;
+    let plugged = plug(&namespace.fd, &eth0, PAIRS)?;
+    guest.vm.attach_net(0, plugged.taps()?)?;
     configure(&guest, &scan, &plugged, mac)?;
     let own = eth0.mac.context("eth0 has no address")?.map(|byte| format!("{byte:02x}")).join(":");
     let text = said(&guest, "c2", &root, &format!("ip link; {PING}"))?;
     says(&text, &["eth0: <BROADCAST,MULTICAST,UP,LOWER_UP> mtu 1400", &own])?;
     ensure!(text.matches("2 packets received, 0% packet loss").count() == 2, "{text}");
-    ensure!(guest.vm.attach_net(1, plugged.tap()?).is_err(), "there is no second interface");
+    ensure!(guest.vm.attach_net(1, plugged.taps()?).is_err(), "there is no second interface");
 
     guest.vm.detach_net(0)?;
     plugged.unplug()?;
@@ -307,8 +315,8 @@ fn late(context: &Context) -> Result<Verdict> {
     let nothing = Scan::default().request(&[]);
     guest.ask(guest.agent.configure_network(Guest::soon(), &nothing))?;
     ensure!(interfaces("c4")? == "lo:", "an interface that was unplugged is seen in the guest");
-    let plugged = plug(&namespace.fd, &eth0)?;
-    guest.vm.attach_net(0, plugged.tap()?)?;
+    let plugged = plug(&namespace.fd, &eth0, PAIRS)?;
+    guest.vm.attach_net(0, plugged.taps()?)?;
     configure(&guest, &scan, &plugged, mac)?;
     let text = said(&guest, "c5", &root, PING)?;
     ensure!(text.matches("2 packets received, 0% packet loss").count() == 2, "{text}");

@@ -16,7 +16,8 @@ use super::run::bundle;
 use super::{Context, Table, Verdict};
 
 /// The table.
-pub const CASES: Table = ("user", &[("runs_a_bundle_of_their_own_without_root", own_bundle)]);
+pub const CASES: Table =
+    ("user", &[("runs_a_bundle_of_their_own_without_root", own_bundle), ("has_a_network_without_root", own_network)]);
 
 /// Somebody whom no password file knows.
 const USER: u32 = 61_234;
@@ -76,7 +77,7 @@ fn own_bundle(context: &Context) -> Result<Verdict> {
     let Some(access) = KvmAccess::grant()? else {
         return Ok(Verdict::Skipped(format!("{KVM} has no group but root's, and this is no lab")));
     };
-    let home = prepare(context)?;
+    let home = prepare(context, SCRIPT)?;
     let state = home.join("run/katavm");
     let before = Traces::with_state(&home, &state);
 
@@ -137,11 +138,143 @@ fn own_bundle(context: &Context) -> Result<Verdict> {
     Ok(Verdict::Passed)
 }
 
+/// An address of the host that leads to the world, as far as the lab has one; and a name server.
+struct World {
+    resolv_conf: Option<String>,
+    server: std::process::Child,
+}
+
+const HERE: &str = "198.51.100.2";
+const RESOLV_CONF: &str = "/etc/resolv.conf";
+/// Answers every query with one address, and every connection with a page.
+const SERVER: &str = "
+import http.server, socket, threading
+class Page(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.send_header('Content-Length', '1000000'); self.end_headers()
+        self.wfile.write(b'x' * 1000000)
+    def log_message(self, *_): pass
+names = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); names.bind(('127.0.0.1', 53))
+def answer():
+    while True:
+        query, who = names.recvfrom(512)
+        known = query[-4:-2] == b'\\0\\1'
+        record = b'\\xc0\\x0c\\0\\1\\0\\1\\0\\0\\0\\x3c\\0\\4' + socket.inet_aton('198.51.100.2')
+        names.sendto(query[:2] + b'\\x81\\x80\\0\\1\\0' + bytes([known]) + b'\\0\\0\\0\\0' + query[12:] + record * known, who)
+threading.Thread(target=answer, daemon=True).start()
+http.server.ThreadingHTTPServer(('198.51.100.2', 7080), Page).serve_forever()
+";
+
+impl World {
+    fn make() -> Result<Self> {
+        for line in [
+            "link add world0 type dummy",
+            &format!("addr add {HERE}/24 dev world0"),
+            "link set world0 up",
+            "route add default via 198.51.100.1",
+        ] {
+            let done = Command::new("ip").args(line.split(' ')).output()?;
+            ensure!(done.status.success(), "ip {line}: {}", String::from_utf8_lossy(&done.stderr));
+        }
+        let resolv_conf = fs::read_to_string(RESOLV_CONF).ok();
+        fs::write(RESOLV_CONF, "nameserver 127.0.0.1\n")?;
+        Ok(Self { resolv_conf, server: Command::new("python3").args(["-c", SERVER]).spawn()? })
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        let _ = self.server.kill();
+        let _ = self.server.wait();
+        let _ = Command::new("ip").args(["link", "del", "world0"]).status();
+        let _ = match &self.resolv_conf {
+            Some(text) => fs::write(RESOLV_CONF, text),
+            None => fs::remove_file(RESOLV_CONF),
+        };
+    }
+}
+
+/// What the guest has and reaches; then it serves.
+const NETWORK_SCRIPT: &str = "ip -o -4 addr show eth0 | tr -s ' ' | grep -o 'inet 10.0.2.15/24'; cat /etc/resolv.conf
+    ip route | grep -o 'default via 10.0.2.2'
+    until wget -q -O /dev/null http://198.51.100.2:7080/; do :; done; wget -q -O - http://198.51.100.2:7080/ | wc -c
+    wget -q -O - http://some.name.example:7080/ | wc -c
+    nc -w 5 10.0.2.2 7081 </dev/null && echo reached the loopback
+    echo hello from the guest >/index.html; httpd -p 80 -h /; trap 'exit 0' TERM; echo up; while :; do sleep 1; done";
+
+fn own_network(context: &Context) -> Result<Verdict> {
+    if !geteuid().is_root() || std::env::var_os("KATAVM_LAB").is_none() {
+        return Ok(Verdict::Skipped("it changes the host's network, so it is for root in the lab".into()));
+    }
+    let Some(access) = KvmAccess::grant()? else {
+        return Ok(Verdict::Skipped(format!("{KVM} has no group but root's")));
+    };
+    let world = World::make()?;
+    // On the host's loopback, which the router's address must not lead to.
+    let _loopback = std::net::TcpListener::bind("127.0.0.1:7081")?;
+    let home = prepare(context, NETWORK_SCRIPT)?;
+    let state = home.join("run/katavm");
+    let before = Traces::with_state(&home, &state);
+    let katavm = as_user(&home, access.group);
+    let run = |arguments: &[&str]| {
+        let mut command = katavm();
+        command.args(["run", "--id", "mine", "--net=user"]).args(arguments).arg(home.join("bundle"));
+        Started::spawn(&mut command)
+    };
+    let get = |port: u16| Command::new("curl").args(["-sS", "-m", "60", &format!("http://127.0.0.1:{port}/")]).output();
+
+    let first = run(&["-p", "127.0.0.1:18080:80", "-p", "18081:80"])?;
+    first.read_until("up", LIMIT)?;
+    for port in [18080, 18081] {
+        let page = get(port)?;
+        ensure!(page.stdout == b"hello from the guest\n", "port {port}: {}", String::from_utf8_lossy(&page.stderr));
+    }
+    // Whose port it is, nobody else can have.
+    let mut second = katavm();
+    second.args(["run", "--id", "other", "--net=user", "-p", "18080:80"]).arg(home.join("bundle"));
+    let second = Started::spawn(&mut second)?.finish(LIMIT)?;
+    ensure!(second.stderr.contains("passt gave up") && second.stderr.contains("18080"), "{}", second.stderr);
+    // An orderly end takes passt with it.
+    first.signal(Signal::TERM);
+    let first = first.finish(LIMIT)?;
+    context.note("stdout", first.stdout.clone());
+    context.note("stderr", first.stderr.clone());
+    let expected = ["inet 10.0.2.15/24", "nameserver 10.0.2.3", "default via 10.0.2.2", "1000000", "1000000", "up"];
+    let lines: Vec<_> = first.stdout.lines().map(str::trim).collect();
+    ensure!(lines == expected, "{lines:#?} instead of {expected:#?}");
+    before.expect_nothing_new()?;
+
+    // So does a kill of everything that katavm has.
+    let third = run(&["-p", "127.0.0.1:18080:80"])?;
+    third.read_until("up", LIMIT)?;
+    kill_process(third.watcher().context("no watcher")?, Signal::KILL)?;
+    third.signal(Signal::KILL);
+    third.finish(LIMIT)?;
+    Started::spawn(katavm().arg("gc"))?.finish(LIMIT)?.expect(0, &[])?;
+    before.expect_nothing_new()?;
+
+    let mut missing = katavm();
+    missing.args(["run", "--net=user"]).arg(home.join("bundle")).env("PATH", "/nowhere");
+    let missing = Started::spawn(&mut missing)?.finish(LIMIT)?;
+    ensure!(missing.stderr.contains("--net=user needs the program passt"), "{}", missing.stderr);
+    before.expect_nothing_new()?;
+    drop(world);
+    Ok(Verdict::Passed)
+}
+
 /// A folder that belongs to the user: the bundle, a runtime folder, and what of katavm they could not reach otherwise.
-fn prepare(context: &Context) -> Result<PathBuf> {
+fn prepare(context: &Context, script: &str) -> Result<PathBuf> {
     let home = context.scratch().join("home");
-    let rootfs = bundle(context, &["sh", "-c", SCRIPT], |config| {
-        let all = json!(["CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_MKNOD"]);
+    let rootfs = bundle(context, &["sh", "-c", script], |config| {
+        let all = json!([
+            "CAP_CHOWN",
+            "CAP_DAC_OVERRIDE",
+            "CAP_FOWNER",
+            "CAP_FSETID",
+            "CAP_MKNOD",
+            "CAP_NET_RAW",
+            "CAP_NET_BIND_SERVICE"
+        ]);
         config["process"]["capabilities"] = json!({"bounding": all, "effective": all, "permitted": all});
     })?;
     fs::create_dir_all(home.join("bundle"))?;
@@ -149,8 +282,11 @@ fn prepare(context: &Context) -> Result<PathBuf> {
         fs::rename(rootfs.join(part), home.join("bundle").join(part))?;
     }
     let rootfs = home.join("bundle/rootfs");
-    for applet in ["mknod", "chmod", "mkfifo", "ln", "tr"] {
-        std::os::unix::fs::symlink("busybox", rootfs.join("bin").join(applet))?;
+    for applet in ["mknod", "chmod", "mkfifo", "ln", "tr", "ip", "wget", "httpd", "nc", "wc", "grep", "sleep"] {
+        let place = rootfs.join("bin").join(applet);
+        if !place.exists() {
+            std::os::unix::fs::symlink("busybox", place)?;
+        }
     }
     fs::write(rootfs.join("mine"), "mine\n")?;
     fs::set_permissions(rootfs.join("mine"), fs::Permissions::from_mode(0o640))?;
@@ -190,7 +326,7 @@ pub(super) fn give(path: &Path, user: u32) -> Result<()> {
 fn as_user(home: &Path, kvm: u32) -> impl Fn() -> Command {
     let home = home.to_path_buf();
     move || {
-        let mut command = Command::new("setpriv");
+        let mut command = Command::new("/usr/bin/setpriv");
         command
             .args([format!("--reuid={USER}"), format!("--regid={USER}"), format!("--groups={kvm}")])
             .args(["--inh-caps=-all", "--ambient-caps=-all", "--bounding-set=-all", "--no-new-privs"])

@@ -12,7 +12,7 @@ use virtio_queue::{Queue, QueueT};
 pub use state::{MmioState, RestoreError};
 
 use super::queue::{QueueError, VirtQueue};
-use super::{Interrupt, VirtioDevice};
+use super::{Interrupt, ReadyQueues, VirtioDevice};
 use crate::memory::GuestMemory;
 use crate::virtio::queue::registers_of;
 use registers as reg;
@@ -220,10 +220,7 @@ impl MmioTransport {
 
     /// The driver says that it will not go on (3.1.1, FAILED): the device stops, its status stays to be read.
     fn give_up(&mut self) {
-        let mut device = self.lock();
-        device.queues_mut().deactivate();
-        device.reset();
-        drop(device);
+        self.lock().stop();
         self.status |= reg::FAILED;
     }
 
@@ -245,20 +242,12 @@ impl MmioTransport {
     }
 
     fn hand_over(&self, queues: Vec<VirtQueue>) -> Result<(), super::ActivateError> {
-        let mut device = self.lock();
-        device.queues_mut().activate(queues, self.memory.clone(), self.interrupt.clone());
-        let started = device.activate(self.driver_features);
-        if started.is_err() {
-            device.queues_mut().deactivate();
-        }
-        started
+        let ready = ReadyQueues { queues, memory: self.memory.clone(), interrupt: self.interrupt.clone() };
+        self.lock().start(ready, self.driver_features)
     }
 
     fn reset(&mut self) {
-        let mut device = self.lock();
-        device.queues_mut().deactivate();
-        device.reset();
-        drop(device);
+        self.lock().stop();
         self.interrupt.clear();
         self.queues.iter_mut().for_each(QueueT::reset);
         self.queues_spoilt = false;
@@ -312,7 +301,7 @@ impl MmioTransport {
     /// The state for a snapshot, queues included. The event loops must be parked.
     #[must_use]
     pub fn save(&self) -> MmioState {
-        let running = self.lock().queues().save();
+        let running = self.lock().save_queues();
         MmioState {
             status: self.status,
             needs_reset: self.interrupt.needs_reset(),

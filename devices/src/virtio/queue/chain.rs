@@ -165,14 +165,21 @@ impl Chain {
         self.writable.iter().map(|(_, len)| *len as usize).sum()
     }
 
-    /// The buffers that the device fills, in order, added to an iovec array. `memory` must be the memory of
+    /// How many bytes the driver filled.
+    #[must_use]
+    pub fn readable_len(&self) -> usize {
+        self.readable.iter().map(|(_, len)| *len as usize).sum()
+    }
+
+    /// The buffers that the driver filled, in order, added to an iovec array. `memory` must be the memory of
     /// the queue; the pointers are valid as long as it is mapped.
-    pub fn extend_iovecs(&self, memory: &GuestMemory, vectors: &mut Vec<libc::iovec>) {
-        let slices = self.writable.iter().flat_map(|(address, len)| memory.get_slices(*address, *len as usize));
-        vectors.extend(slices.flatten().map(|slice| {
-            let iov_base = slice.ptr_guard_mut().as_ptr().cast();
-            libc::iovec { iov_base, iov_len: slice.len() }
-        }));
+    pub fn extend_readable(&self, memory: &GuestMemory, vectors: &mut Vec<libc::iovec>) {
+        extend(&self.readable, memory, vectors);
+    }
+
+    /// The buffers that the device fills, in order, added to an iovec array, on the same terms.
+    pub fn extend_writable(&self, memory: &GuestMemory, vectors: &mut Vec<libc::iovec>) {
+        extend(&self.writable, memory, vectors);
     }
 
     /// The buffers that the device fills, in order. `memory` must be the memory of the queue.
@@ -180,4 +187,12 @@ impl Chain {
     pub fn writer<'m>(&self, memory: &'m GuestMemory) -> Buffers<'m> {
         Buffers::new(memory, &self.writable)
     }
+}
+
+fn extend(pieces: &[(GuestAddress, u32)], memory: &GuestMemory, vectors: &mut Vec<libc::iovec>) {
+    let slices = pieces.iter().flat_map(|(address, len)| memory.get_slices(*address, *len as usize));
+    vectors.extend(slices.flatten().map(|slice| {
+        let iov_base = slice.ptr_guard_mut().as_ptr().cast();
+        libc::iovec { iov_base, iov_len: slice.len() }
+    }));
 }

@@ -1,6 +1,7 @@
 //! All queues of one device, with their kicks and the interrupt.
 
 use std::io;
+use std::ops::Range;
 
 use event_manager::{EventOps, EventSet, Events};
 use log::{error, warn};
@@ -8,7 +9,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{Chain, QueueError, QueueState, VirtQueue};
 use crate::memory::GuestMemory;
-use crate::virtio::Interrupt;
+use crate::virtio::{Interrupt, ReadyQueues};
 
 /// Mistakes of one driver that are warned of, see [`QueueSet::complain`].
 const WARNINGS: u32 = 16;
@@ -36,6 +37,16 @@ impl QueueSet {
     pub fn new(sizes: &[u16]) -> io::Result<Self> {
         let kicks = sizes.iter().map(|_| EventFd::new(EFD_NONBLOCK)).collect::<io::Result<_>>()?;
         Ok(Self { sizes: sizes.to_vec(), kicks, active: None, warnings: WARNINGS })
+    }
+
+    /// A set of some of these queues, told of by the same kicks, for a part of the device; inactive.
+    ///
+    /// # Errors
+    /// When no descriptors are left.
+    pub fn part(&self, range: Range<usize>) -> io::Result<Self> {
+        let kicks = self.kicks.get(range.clone()).unwrap_or_default().iter().map(EventFd::try_clone);
+        let sizes = self.sizes.get(range).unwrap_or_default().to_vec();
+        Ok(Self { sizes, kicks: kicks.collect::<io::Result<_>>()?, active: None, warnings: WARNINGS })
     }
 
     /// The largest size of each queue.
@@ -69,7 +80,14 @@ impl QueueSet {
         }
     }
 
-    pub(crate) fn activate(&mut self, queues: Vec<VirtQueue>, memory: GuestMemory, interrupt: Interrupt) {
+    /// Whether the device is in `DEVICE_NEEDS_RESET`, for whatever queue of it.
+    #[must_use]
+    pub fn needs_reset(&self) -> bool {
+        self.active.as_ref().is_some_and(|active| active.interrupt.needs_reset())
+    }
+
+    pub(crate) fn activate(&mut self, ready: ReadyQueues) {
+        let ReadyQueues { queues, memory, interrupt } = ready;
         self.active = Some(Active { queues, interrupt, memory });
     }
 
