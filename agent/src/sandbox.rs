@@ -84,7 +84,7 @@ pub fn make_tmpfs(tmpfs: &Tmpfs) -> Result<(), Error> {
         return Err(Error::Invalid(format!("{:?} is no name of a tmpfs", tmpfs.name)));
     }
     let path = Path::new(TMPFS).join(&tmpfs.name);
-    let made = DirBuilder::new().recursive(true).mode(0o700).create(TMPFS).and_then(|()| std::fs::create_dir(&path));
+    let made = DirBuilder::new().recursive(true).mode(0o711).create(TMPFS).and_then(|()| std::fs::create_dir(&path));
     match made {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(()),
         made => made.map_err(|error| Error::io(format_args!("cannot make {}", path.display()), error))?,
@@ -97,12 +97,13 @@ pub fn make_tmpfs(tmpfs: &Tmpfs) -> Result<(), Error> {
     })
 }
 
-/// Has the kernel mount the shared directories that bind mounts of a container are made of, here and not in the mount
-/// namespace of the container: there each container would have a file system of its own, and a socket or a lock of one
-/// would not be that of the other.
+/// Has the kernel mount the shared directories that a container is made of, here and not in the mount namespace of the
+/// container: there each container would have a file system of its own, and a socket or a lock of one would not be that of
+/// the other. In a container's own user namespace the kernel would not mount at all.
 pub fn mount_shared_sources(spec: &Spec) {
+    let root = spec.root().iter().map(|root| root.path().as_path());
     let sources = spec.mounts().iter().flatten().filter_map(|mount| mount.source().as_deref());
-    for source in sources.filter(|source| source.starts_with(SHARED)) {
+    for source in sources.chain(root).filter(|source| source.starts_with(SHARED)) {
         // A file is no directory; whatever else is wrong is told when it is mounted.
         let _ = OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW).open(source);
     }

@@ -80,6 +80,6 @@ pub fn mount_all() -> Result<(), Error> {
     // Containers must not be able to look into the agent's directories through a shared mount.
     let made = fs::create_dir_all(crate::container::DIR)
         .and_then(|()| fs::create_dir_all(crate::sandbox::SHARED))
-        .and_then(|()| fs::set_permissions("/run/katavm", Permissions::from_mode(0o700)));
+        .and_then(|()| fs::set_permissions("/run/katavm", Permissions::from_mode(0o711)));
     made.map_err(|error| Error::io("cannot make the directories of the agent", error))
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use katavm_protocol::CONTAINER;
 use oci_spec::runtime::{
-    Capabilities, HooksBuilder, LinuxCapabilitiesBuilder, LinuxIdMapping, LinuxNamespaceType, Process, Spec,
+    Capabilities, HooksBuilder, LinuxCapabilitiesBuilder, LinuxIdMapping, LinuxNamespaceType, Mount, Process, Spec,
 };
 
 use crate::error::Error;
@@ -39,6 +39,9 @@ pub fn adapt(json: &[u8], cgroup: PathBuf) -> Result<Spec, Error> {
     let namespaces = linux.namespaces().clone().unwrap_or_default();
     let kept = namespaces.into_iter().filter(|namespace| namespace.typ() != LinuxNamespaceType::Network);
     linux.set_namespaces(Some(kept.collect()));
+    if linux.namespaces().iter().flatten().any(|namespace| namespace.typ() == LinuxNamespaceType::User) {
+        spec.mounts_mut().iter_mut().flatten().for_each(bind_sysfs);
+    }
     // Neither SELinux nor resctrl is in the guest.
     linux.set_mount_label(None);
     linux.set_intel_rdt(None);
@@ -49,6 +52,15 @@ pub fn adapt(json: &[u8], cgroup: PathBuf) -> Result<Spec, Error> {
     let hooks = start.and_then(|start| HooksBuilder::default().start_container(start).build().ok());
     spec.set_hooks(hooks);
     Ok(spec)
+}
+
+/// Has the guest's own /sys mounted: a container with a user namespace may not mount one, as the network namespace that it
+/// shows is the guest's (mount(2) would say EPERM).
+fn bind_sysfs(mount: &mut Mount) {
+    if mount.typ().as_deref() == Some("sysfs") {
+        let options = mount.options().iter().flatten().cloned().chain(["rbind".to_owned()]).collect();
+        mount.set_typ(Some("bind".into())).set_source(Some("/sys".into())).set_options(Some(options));
+    }
 }
 
 /// The name that libcontainer has for a propagation of the root mount: it knows the plain ones only, and means all mounts

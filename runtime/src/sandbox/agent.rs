@@ -16,6 +16,7 @@ use ttrpc::r#async::transport::Socket;
 use ttrpc::r#async::{Client, ClientStreamReceiver};
 use ttrpc::context::{Context, with_duration};
 
+use crate::host;
 use crate::process::terminal::WindowSize;
 
 /// How long the agent has for a request that waits for nobody. Generous: guests run on busy hosts.
@@ -173,7 +174,10 @@ impl Agent {
     /// Any [`AgentError`].
     pub async fn wait(&self, id: &str, exec_id: &str) -> Result<Exit, AgentError> {
         let response = self.client.wait(Context::default(), &process(id, exec_id)).await?;
-        response.exit.into_option().ok_or_else(|| AgentError::Connection("an answer without an exit status".into()))
+        let exit = response.exit.into_option();
+        let exit = exit.ok_or_else(|| AgentError::Connection("an answer without an exit status".into()))?;
+        // By the host's clock, as all that is compared with it: the guest's is its own.
+        Ok(Exit { at_ns: host::now_ns(), ..exit })
     }
 
     /// Sends a signal to a process.

@@ -17,6 +17,7 @@ use super::hangs::Hangs;
 use super::measure::{Measure, Table};
 use super::moments::{Moments, Station};
 use super::monitor::{Monitor, Setup, katavm};
+use super::plot;
 use super::process::{Tree, await_readable};
 use super::syscalls;
 use crate::e2e::Context;
@@ -105,6 +106,7 @@ pub fn run(runs: u32, traced: u32, out: &mut impl Write) -> Result<()> {
     }
     table.print("boot", &MEASURES, out)?;
     hangs.print("boot", out)?;
+    writeln!(out, "boot plot {}", plot::draw("boot", &table.medians(&MEASURES))?.display())?;
     Ok(())
 }
 

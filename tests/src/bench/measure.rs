@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 
+use super::plot::Row;
+
 /// Whose values are compared with everybody else's.
 const OURS: &str = "katavm";
 
@@ -85,6 +87,16 @@ impl Table {
             writeln!(out, "{benchmark} {} {OURS} aim {aim} {}: {verdict}", measure.name, measure.unit)?;
         }
         Ok(())
+    }
+
+    /// The medians of measures that have values, by monitor.
+    pub fn medians(&self, measures: &[Measure]) -> Vec<Row> {
+        let row = |measure: &Measure| Row {
+            name: measure.name,
+            unit: measure.unit,
+            medians: self.row(measure).filter_map(|(name, series)| Some((name, series.median()?))).collect(),
+        };
+        measures.iter().map(row).filter(|row| !row.medians.is_empty()).collect()
     }
 
     fn row(&self, measure: &Measure) -> impl Iterator<Item = (&'static str, &Series)> {

@@ -9,5 +9,7 @@ mod measure;
 mod moments;
 mod monitor;
 pub mod oci;
+mod plot;
+pub mod pod;
 mod process;
 mod syscalls;

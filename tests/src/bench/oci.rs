@@ -13,6 +13,7 @@ use super::bundle;
 use super::clock::{milliseconds, now};
 use super::hangs::Hangs;
 use super::measure::{Measure, Table};
+use super::plot;
 use super::process::{Tree, await_readable};
 
 /// `create` of a container that runs /bin/true.
@@ -52,6 +53,7 @@ pub fn run(runs: u32, out: &mut impl Write) -> Result<()> {
     }
     table.print("oci", &MEASURES, out)?;
     hangs.print("oci", out)?;
+    writeln!(out, "oci plot {}", plot::draw("oci", &table.medians(&MEASURES))?.display())?;
     Ok(())
 }
 

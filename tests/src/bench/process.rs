@@ -151,6 +151,17 @@ fn memory_kib(pid: u32) -> Result<u64> {
     Ok(total)
 }
 
+/// Proportional memory of a process in KiB: all of it, and what is no guest's RAM.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn all_memory_kib(pid: u32) -> Result<(u64, u64)> {
+    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
+    let all =
+        smaps.lines().filter_map(|line| line.strip_prefix("Pss:")).filter_map(|text| numbers(text).first().copied());
+    Ok((all.map(u64::from).sum(), without_ram(&smaps).0))
+}
+
 /// KiB of all mappings but those that can hold the guest's whole RAM, and how many those are.
 fn without_ram(smaps: &str) -> (u64, u32) {
     let (mut total, mut ram, mut is_ram) = (0, 0, false);

@@ -23,11 +23,18 @@ enum Cli {
         #[arg(long, default_value_t = 10)]
         runs: u32,
     },
+    /// A pod's life through containerd's CRI plugin, beside runc.
+    Pod {
+        /// Pods of each runtime.
+        #[arg(long, default_value_t = 7)]
+        runs: u32,
+    },
 }
 
 fn main() -> Result<()> {
     match Cli::parse() {
         Cli::Boot { runs, traced } => bench::boot::run(runs, traced, &mut std::io::stdout()),
         Cli::Oci { runs } => bench::oci::run(runs, &mut std::io::stdout()),
+        Cli::Pod { runs } => bench::pod::run(runs, &mut std::io::stdout()),
     }
 }

@@ -65,7 +65,9 @@ impl Cri {
     pub fn is_ready(&self) -> Result<bool, CallError> {
         let status: StatusResponse = self.runtime("Status", &Empty::new())?;
         let conditions = status.status.unwrap_or_default().conditions;
-        Ok(!conditions.is_empty() && conditions.iter().all(|condition| condition.status))
+        // The others are containerd's own, as that its configuration has names of yesterday.
+        let holds = |kind: &str| conditions.iter().any(|condition| condition.type_ == kind && condition.status);
+        Ok(holds("RuntimeReady") && holds("NetworkReady"))
     }
 
     /// Runs a pod; its id.

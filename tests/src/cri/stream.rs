@@ -8,6 +8,7 @@ use std::time::Duration;
 use http::Uri;
 use serde_json::Value;
 use tungstenite::client::IntoClientRequest;
+use tungstenite::error::ProtocolError;
 use tungstenite::{Error, Message, WebSocket};
 
 /// The protocol's name.
@@ -182,8 +183,10 @@ fn receive(socket: &mut WebSocket<TcpStream>) -> Result<Option<tungstenite::Byte
         Ok(Message::Text(text)) => Ok(Some(text.into())),
         Ok(Message::Close(_) | Message::Ping(_) | Message::Pong(_) | Message::Frame(_)) => Ok(Some(Default::default())),
         Err(Error::ConnectionClosed | Error::AlreadyClosed) => Ok(None),
-        // The server does not always say goodbye.
-        Err(Error::Protocol(tungstenite::error::ProtocolError::ResetWithoutClosingHandshake)) => Ok(None),
+        // The server does not always say goodbye, or says it twice.
+        Err(Error::Protocol(ProtocolError::ResetWithoutClosingHandshake | ProtocolError::ReceivedAfterClosing)) => {
+            Ok(None)
+        }
         Err(error) => Err(error.into()),
     }
 }

@@ -1,6 +1,6 @@
 //! What a case has: a scratch folder, the guest image, and places to keep what explains a failure.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result};
 use katavm_guest_image::support::cache;
 use tempfile::TempDir;
 
-use super::cri::Node;
+use super::cri::{Flavour, Node};
 use super::run::Shell;
 
 /// What the cases of one group share; it goes with the last of them.
@@ -20,6 +20,8 @@ pub struct Group {
     pub shell: RefCell<Option<Shell>>,
     /// A node of Kubernetes, likewise.
     pub node: RefCell<Option<Node>>,
+    /// Which one that is.
+    pub flavour: Cell<Flavour>,
 }
 
 /// The surroundings of one case. Everything in the scratch folder goes when the case ends.

@@ -9,7 +9,7 @@ mod boot;
 mod bootstrap;
 mod containerd;
 mod context;
-mod cri;
+pub(crate) mod cri;
 mod crio;
 mod docker;
 mod failing;
@@ -118,6 +118,7 @@ const CONTAINERD: &[Table] = &[
     containerd::AFTER,
     shim::CASES,
     cri::CASES,
+    cri::SANDBOXER,
 ];
 
 fn rows((group, rows): &'static Table) -> impl Iterator<Item = Case> {

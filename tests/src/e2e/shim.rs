@@ -19,11 +19,20 @@ pub const CASES: Table = (
         ("a_container_of_the_same_name_may_follow_at_once", same_name),
         ("delete_ends_a_container_of_a_living_server_in_time", delete),
         ("a_client_may_go_away_at_any_moment", impatient),
+        ("output_is_whole_though_containerd_is_killed", output::<32>),
     ],
 );
 
 /// Those that take long.
-pub const LONG: Table = ("shim", &[("kills_at_a_hundred_random_moments_leave_nothing", kills)]);
+pub const LONG: Table = (
+    "shim",
+    &[
+        ("a_gibibyte_is_whole_though_containerd_is_killed", output::<1024>),
+        ("twenty_pods_at_once_leave_nothing", twenty),
+        ("two_hundred_containers_of_a_pod_leave_nothing_in_its_server", cycles),
+        ("kills_at_a_hundred_random_moments_leave_nothing", kills),
+    ],
+);
 
 /// A script with containerd, after which nothing of katavm is left.
 fn clean(context: &Context, text: &str, lines: &[&str]) -> Result<Verdict> {
@@ -95,6 +104,53 @@ fn impatient(context: &Context) -> Result<Verdict> {
          done";
     let after = ["0.1", "0.5", "1", "1.5", "2", "3"].map(|delay| format!("clean after {delay}"));
     clean(context, text, &after.each_ref().map(String::as_str))
+}
+
+/// `MIB` mebibytes through a named pipe whose reader stays, while containerd is killed and starts again three times.
+fn output<const MIB: u32>(context: &Context) -> Result<Verdict> {
+    let bytes = u64::from(MIB) << 20;
+    let text = format!(
+        "data() {{ echo 'yes 0123456789abcde | head -c {bytes}'; }}
+         run -d --fifo-dir $PWD/fifos $image c1 sh -c \"until [ -e /go ]; do sleep 0.1; done; $(data); exit 6\" </dev/null &
+         until [ \"$(status c1)\" = RUNNING ]; do sleep 0.2; done; pkill -KILL -x ctr || true
+         sha256sum <$(find fifos -name '*stdout') >sum & reader=$!
+         katavm --root /run/katavm-containerd/default exec c1 touch /go
+         for n in 1 2 3; do kill -KILL $server; wait $server || true; server; sleep 1; done
+         wait $reader; [ \"$(cat sum)\" = \"$(eval \"$(data)\" | sha256sum)\" ] && echo whole
+         until [ \"$(status c1)\" = STOPPED ]; do sleep 0.2; done
+         ctr task rm c1 2>&1 | grep -o 'exit code 6'; ctr container rm c1; gone"
+    );
+    clean(context, &text, &["whole", "exit code 6"])
+}
+
+/// What a server has in memory without the guest's RAM, in KiB, and its descriptors and mounts.
+const MEASURE: &str = "memory() { awk '/^Size:/ { ram = $2 >= 262144 } /^Pss:/ && !ram { sum += $2 } END { print sum }' /proc/$1/smaps; }
+         held() { echo $(ls /proc/$1/fd | wc -l) descriptors, $(wc -l </proc/$1/mountinfo) mounts, $(ls /proc/$1/task | wc -l) threads; }";
+
+fn twenty(context: &Context) -> Result<Verdict> {
+    let text = format!(
+        "{MEASURE}
+         for n in $(seq 20); do run -d $image p$n sleep 10000 </dev/null & starts=\"${{starts:-}} $!\"; done
+         for start in $starts; do wait $start; done; ctr task ls | grep -c RUNNING
+         for n in $(seq 20); do ctr task exec --exec-id e p$n hostname </dev/null; done | wc -l
+         for pid in $(pgrep -x katavm-sandbox); do memory $pid; done | sort -n | sed -n '10s/.*/memory of a server: & KiB/p' >&2
+         ends=; for n in $(seq 20); do ctr task rm -f p$n >p 2>&1 & ends=\"$ends $!\"; done
+         for end in $ends; do wait $end; done; ctr container rm $(ctr container ls -q) >p; gone"
+    );
+    clean(context, &text, &["20", "20"])
+}
+
+fn cycles(context: &Context) -> Result<Verdict> {
+    let text = format!(
+        "{MEASURE}
+         pod='--annotation io.kubernetes.cri.sandbox-id=c1'; run -d $pod $image c1 sleep 10000 </dev/null; pid=$(pgrep -x katavm-sandbox)
+         cycles() {{ for n in $(seq $1); do run --rm $pod $image c2 true </dev/null; done; }}
+         cycles 20; sleep 1; held $pid >before; before=$(memory $pid)
+         cycles 200; sleep 1; held $pid >after; after=$(memory $pid); cat before after >&2; echo $before KiB, then $after KiB >&2
+         cmp before after && echo nothing more; [ $((after - before)) -lt 1024 ] && echo no memory
+         ctr task rm -f c1 >p 2>&1; ctr container rm c1; gone"
+    );
+    clean(context, &text, &["nothing more", "no memory"])
 }
 
 /// Kills of the server, of containerd and of the guest's kernel. What containerd says of a container is right within ten

@@ -96,17 +96,18 @@ fn streams(context: &Context) -> Result<Verdict> {
         # As large as they may be, uncut, over both versions of IP.
         for to in 10.78.0.1 10.78.0.2; do katavm exec gb ping -c 2 -w 30 -M do -s 8972 $to | grep -o '2 received'; done
         for to in fd78::1 fd78::2; do katavm exec gb ping -c 2 -w 30 -M do -s 8952 $to | grep -o '2 received'; done
-        # Streams: what was received, in MB, where that is what was asked for.
+        # Streams: what was received, in MB. iperf3 counts what has arrived when the sender is done: what is on its way is not
+        # in it, so that most of it must do. That nothing is lost is seen below.
         stream() {
             katavm exec gb iperf3 -J --connect-timeout 30000 \"$@\" >run.json || { cat run.json; return; }
             jq -r '.end | \"\\(.sum_received.bytes / 1000000 | floor) MB at \\(.sum_received.bits_per_second / 1000000 | floor) Mbit/s\"' run.json \\
                 | sed \"s|^|$* |\" >>rates
-            jq -r '.end.sum_received.bytes >= 3900000' run.json
+            jq -r '.end.sum_received.bytes >= 6000000' run.json
         }
         for to in 10.78.0.2 10.78.0.1; do
-            stream -c $to -n 4M; stream -c $to -n 4M -R; stream -c $to -n 4M -P 8; stream -c $to -n 4M -P 8 -R
+            stream -c $to -n 8M; stream -c $to -n 8M -R; stream -c $to -n 8M -P 8; stream -c $to -n 8M -P 8 -R
         done
-        stream -c fd78::2 -n 4M; stream -c fd78::2 -n 4M -R
+        stream -c fd78::2 -n 8M; stream -c fd78::2 -n 8M -R
         # UDP at a rate that everything takes: next to nothing is lost.
         for way in '' -R; do
             katavm exec gb iperf3 -J -u -b 4M -l 1400 -t 1 -c 10.78.0.2 $way >run.json

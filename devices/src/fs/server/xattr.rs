@@ -81,7 +81,7 @@ impl Server {
     pub(super) fn listxattr(&self, request: &mut Request<'_>, out: &mut Buffers<'_>) -> Result<(), Errno> {
         let get: GetxattrIn = request.read()?;
         let node = match self.with_attributes(request) {
-            Err(Errno::OPNOTSUPP) => return if get.size == 0 { put_size(out, 0) } else { Ok(()) },
+            Err(Errno::NODATA) => return if get.size == 0 { put_size(out, 0) } else { Ok(()) },
             node => node?,
         };
         // As a whole: what is not served is left out, of the size too.
@@ -97,9 +97,10 @@ impl Server {
         }
     }
 
-    /// The node of the request; the root has no attributes.
+    /// The node of the request; the root has no attributes. A guest takes "not supported" for a failure where it asks for
+    /// an access control list.
     fn with_attributes(&self, request: &Request<'_>) -> Result<Arc<Node>, Errno> {
-        if request.header.nodeid == ROOT_ID { Err(Errno::OPNOTSUPP) } else { self.nodes.get(request.header.nodeid) }
+        if request.header.nodeid == ROOT_ID { Err(Errno::NODATA) } else { self.nodes.get(request.header.nodeid) }
     }
 }
 

@@ -7,6 +7,7 @@ mod config;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
@@ -32,6 +33,8 @@ pub use config::SandboxConfig;
 /// How the CRI plugin names what a sandbox can be in.
 const READY: &str = "SANDBOX_READY";
 const NOT_READY: &str = "SANDBOX_NOTREADY";
+/// How long the server stays after it was told to end.
+const TIME_TO_ANSWER: Duration = Duration::from_millis(100);
 
 /// The service.
 #[derive(Clone)]
@@ -200,7 +203,12 @@ impl Sandbox for SandboxService {
     ) -> ttrpc::Result<ShutdownSandboxResponse> {
         // A sandbox that was never made leaves a server that is to end all the same.
         let _ = self.with(&request.sandbox_id, |known| known.stop.send_replace(true));
-        self.tasks.end();
+        // The answer goes first: with the server its connections go, which containerd would take for a failure.
+        let tasks = self.tasks.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(TIME_TO_ANSWER).await;
+            tasks.end();
+        });
         Ok(ShutdownSandboxResponse::new())
     }
 

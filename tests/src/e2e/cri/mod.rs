@@ -3,6 +3,7 @@
 //! With `KATAVM_E2E_CRI_RUNTIME=runc` the cases are tried with runc: what fails then is wrong with the case.
 
 mod image;
+mod killed;
 mod life;
 mod limits;
 mod network;
@@ -20,8 +21,8 @@ use anyhow::Result;
 
 use super::leftovers::Traces;
 use super::{Context, Table, Verdict};
-pub use node::Node;
-use pod::Pod;
+pub use node::{Flavour, Node};
+pub use pod::Pod;
 
 /// The table.
 pub const CASES: Table = (
@@ -47,8 +48,25 @@ pub const CASES: Table = (
         ("a_pod_is_reached_by_others", network::reached),
         ("a_port_is_forwarded", network::forwarded),
         ("images_are_pulled", pull::pulled),
+        ("a_killed_server_is_noticed_and_nothing_stays", killed::server),
     ],
 );
+
+/// With containerd 2, whose CRI plugin speaks the Sandbox API with the shim: a pod has no first container there.
+pub const SANDBOXER: Table = (
+    "cri-sandboxer",
+    &[
+        ("stopped_and_removed_in_any_order", |context| by_sandboxer(context, life::any_order)),
+        ("commands_have_their_streams", |context| by_sandboxer(context, streams::exec)),
+        ("a_pod_has_the_size_of_its_containers", |context| by_sandboxer(context, limits::size)),
+        ("a_port_is_forwarded", |context| by_sandboxer(context, network::forwarded)),
+    ],
+);
+
+fn by_sandboxer(context: &Context, case: fn(&Context) -> Result<Verdict>) -> Result<Verdict> {
+    context.group().flavour.set(Flavour::Sandboxer);
+    case(context)
+}
 
 /// Where the shim has the state of the CRI's containers.
 const STATE: &str = "/run/katavm-containerd/k8s.io";
@@ -72,7 +90,7 @@ fn on_node(context: &Context, case: impl FnOnce(&Node) -> Result<()>) -> Result<
     let node = context.group().node.borrow_mut().take();
     let node = match node {
         Some(node) => node,
-        None => Node::start(context)?,
+        None => Node::start(context, context.group().flavour.get())?,
     };
     let traces = Traces::with_state(Path::new("/nonexistent"), Path::new(STATE));
     let outcome = case(&node).and_then(|()| traces.expect_nothing_new());

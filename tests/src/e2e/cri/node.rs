@@ -1,7 +1,7 @@
 //! A node: containerd with its CRI plugin, a bridge for its pods, and images.
 
 use std::fs::{self, File};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -26,9 +26,71 @@ pub const BUSYBOX: &str = "localhost/busybox:1";
 /// The first container of each pod.
 const PAUSE: &str = "localhost/pause:1";
 
+/// Which containerd a node has.
+#[derive(Clone, Copy, Debug, Default)]
+pub enum Flavour {
+    /// Debian 13's, 1.7: a pod begins with a container that pauses.
+    #[default]
+    Pause,
+    /// Debian testing's, 2.x, which makes pods by the Sandbox API.
+    Sandboxer,
+}
+
+impl Flavour {
+    /// One of containerd's programs.
+    fn program(self, name: &str) -> Result<PathBuf> {
+        match self {
+            Self::Pause => Ok(name.into()),
+            Self::Sandboxer => {
+                let entries = fs::read_dir("/opt").context("the lab has other versions of containerd in /opt")?;
+                let paths = entries.flatten().map(|entry| entry.path());
+                let is_second = |path: &PathBuf| path.to_string_lossy().starts_with("/opt/containerd-2");
+                Ok(paths.into_iter().find(is_second).context("the lab has no containerd 2")?.join(name))
+            }
+        }
+    }
+
+    /// The configuration that docs/kubernetes.md tells of, with the places of Debian and of this test.
+    fn config(self, folder: &Path) -> String {
+        let (head, runtime, sandboxer, cni) = match self {
+            Self::Pause => (
+                format!("version = 2\n[plugins.\"io.containerd.grpc.v1.cri\"]\nsandbox_image = \"{PAUSE}\"\n"),
+                "io.containerd.grpc.v1.cri",
+                "",
+                "bin_dir = \"/usr/lib/cni\"",
+            ),
+            Self::Sandboxer => (
+                format!(
+                    "version = 3\n[plugins.\"io.containerd.cri.v1.images\".pinned_images]\nsandbox = \"{PAUSE}\"\n"
+                ),
+                "io.containerd.cri.v1.runtime",
+                "sandboxer = \"shim\"",
+                "bin_dirs = [\"/usr/lib/cni\"]",
+            ),
+        };
+        format!(
+            r#"{head}
+[plugins."{runtime}".containerd]
+default_runtime_name = "runc"
+[plugins."{runtime}".containerd.runtimes.runc]
+runtime_type = "io.containerd.runc.v2"
+[plugins."{runtime}".containerd.runtimes.katavm]
+runtime_type = "io.containerd.katavm.v2"
+privileged_without_host_devices = true
+{sandboxer}
+[plugins."{runtime}".cni]
+{cni}
+conf_dir = "{}/net.d"
+"#,
+            folder.display()
+        )
+    }
+}
+
 /// containerd as Kubernetes uses it, with katavm as a runtime beside runc. All of it goes when this is dropped.
 pub struct Node {
     folder: TempDir,
+    flavour: Flavour,
     containerd: Child,
     /// The interface that the kubelet uses.
     pub cri: Cri,
@@ -36,15 +98,15 @@ pub struct Node {
 
 impl Node {
     /// Starts it and gives it its images.
-    pub fn start(context: &Context) -> Result<Self> {
+    pub fn start(context: &Context, flavour: Flavour) -> Result<Self> {
         let folder = TempDir::with_prefix("katavm-e2e-node-")?;
         let path = folder.path();
         fs::create_dir(path.join("net.d"))?;
         fs::write(path.join("net.d/10-bridge.conflist"), network().to_string())?;
-        fs::write(path.join("config.toml"), config(path))?;
+        fs::write(path.join("config.toml"), flavour.config(path))?;
         image::run(Command::new("ip").args(["link", "add", BRIDGE, "type", "bridge"]))?;
-        let containerd = spawn(path)?;
-        let node = Self { folder, containerd, cri: Cri::at(Path::new(SOCKET)) };
+        let containerd = spawn(flavour, path)?;
+        let node = Self { folder, flavour, containerd, cri: Cri::at(Path::new(SOCKET)) };
         node.await_ready()?;
         let root = node.folder.path().join("pause");
         image::pause(&root)?;
@@ -76,7 +138,7 @@ impl Node {
     fn import(&self, name: &str, root: &Path, config: &serde_json::Value) -> Result<()> {
         let archive = self.folder.path().join("image.tar");
         image::archive(name, root, config, &archive)?;
-        image::run(Command::new("ctr").args(["-n", "k8s.io", "image", "import"]).arg(&archive))?;
+        image::run(Command::new(self.flavour.program("ctr")?).args(["-n", "k8s.io", "image", "import"]).arg(&archive))?;
         fs::remove_file(&archive)?;
         until(&format!("the CRI does not see the image {name}"), || Ok(self.cri.image_status(name)?.is_some()))
     }
@@ -111,32 +173,11 @@ pub fn until(failure: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<(
     Ok(())
 }
 
-fn spawn(folder: &Path) -> Result<Child> {
+fn spawn(flavour: Flavour, folder: &Path) -> Result<Child> {
     let log = File::options().create(true).append(true).open(folder.join("containerd.log"))?;
-    let mut containerd = Command::new("containerd");
+    let mut containerd = Command::new(flavour.program("containerd")?);
     containerd.arg("--config").arg(folder.join("config.toml")).stdin(Stdio::null());
     containerd.stdout(log.try_clone()?).stderr(log).spawn().context("the lab needs containerd")
-}
-
-/// The configuration that docs/kubernetes.md tells of, with the places of Debian and of this test.
-fn config(folder: &Path) -> String {
-    format!(
-        r#"version = 2
-[plugins."io.containerd.grpc.v1.cri"]
-sandbox_image = "{PAUSE}"
-[plugins."io.containerd.grpc.v1.cri".containerd]
-default_runtime_name = "runc"
-[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
-runtime_type = "io.containerd.runc.v2"
-[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.katavm]
-runtime_type = "io.containerd.katavm.v2"
-privileged_without_host_devices = true
-[plugins."io.containerd.grpc.v1.cri".cni]
-bin_dir = "/usr/lib/cni"
-conf_dir = "{}/net.d"
-"#,
-        folder.display()
-    )
 }
 
 fn network() -> serde_json::Value {

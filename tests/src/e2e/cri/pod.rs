@@ -24,6 +24,11 @@ pub struct Pod<'a> {
 impl<'a> Pod<'a> {
     /// Runs one, after `change` of the configuration that the kubelet would write.
     pub fn run(node: &'a Node, name: &str, change: impl FnOnce(&mut Value)) -> Result<Self> {
+        Self::run_with(node, name, &super::handler(), change)
+    }
+
+    /// The same of a runtime class.
+    pub fn run_with(node: &'a Node, name: &str, handler: &str, change: impl FnOnce(&mut Value)) -> Result<Self> {
         let group = format!("{GROUPS}/{name}");
         let mut config = json!({
             "metadata": { "name": name, "uid": name, "namespace": "default" },
@@ -38,7 +43,7 @@ impl<'a> Pod<'a> {
         change(&mut config);
         // The kubelet's part.
         fs::create_dir_all(logs(node, name))?;
-        let id = node.cri.run_pod(&config, &super::handler())?;
+        let id = node.cri.run_pod(&config, handler)?;
         Ok(Self { node, config, name: name.into(), id })
     }
 
