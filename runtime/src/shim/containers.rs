@@ -263,8 +263,11 @@ impl Containers {
         let pod = self.create_in_pod(request, io).await?;
         let id = &request.id;
         let (container, process) = (pod.container(id)?, pod.process(id, "")?);
-        // Nothing of it goes before containerd says so.
-        container.keep();
+        // Nothing of it goes before containerd says so: after the death of a server it says so of each container, but for
+        // those of a sandbox.
+        if self.state().sandbox.is_none() {
+            container.keep();
+        }
         let record = container.record();
         let pid = record.pid;
         if let Err(error) = std::fs::write(record.bundle.join(PID_FILE), pid.to_string()) {

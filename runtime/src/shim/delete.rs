@@ -42,9 +42,6 @@ pub fn delete(arguments: &Arguments) -> anyhow::Result<Vec<u8>> {
         end(&root, found)?;
         root.remove(&id)?;
         hooks::run_all(found.record.hooks.as_ref(), Point::Poststop, &found.record.for_hooks(Status::Stopped));
-        if found.record.is_sandbox {
-            remove_members(&root, found)?;
-        }
     }
     root.sweep()?;
     address.sweep().context("cannot remove the server's socket")?;
@@ -56,17 +53,6 @@ pub fn delete(arguments: &Arguments) -> anyhow::Result<Vec<u8>> {
         ..Default::default()
     };
     Ok(response.write_to_bytes()?)
-}
-
-/// Removes what is left of the containers of a sandbox: containerd asks for the sandbox alone.
-fn remove_members(root: &StateRoot, of: &Found) -> anyhow::Result<()> {
-    for Found { record, alive, .. } in root.list()? {
-        if record.sandbox_pid == of.record.sandbox_pid && !alive {
-            root.remove(&record.id)?;
-            hooks::run_all(record.hooks.as_ref(), Point::Poststop, &record.for_hooks(Status::Stopped));
-        }
-    }
-    Ok(())
 }
 
 /// Where the container's server is, if it lives. The bundle may be gone by now; what was written down is not.

@@ -93,6 +93,7 @@ pub fn read(request: &CreateSandboxRequest) -> Result<SandboxConfig, ConfigError
         "linux": {
             "namespaces": [network, { "type": "ipc" }, { "type": "uts" }, { "type": "pid" }],
             "resources": resources(&linux.message(LINUX_RESOURCES)?),
+            "sysctl": linux.map(LINUX_SYSCTLS)?,
         },
     });
     let hostname = config.text(HOSTNAME).filter(|hostname| !hostname.is_empty());
@@ -102,7 +103,7 @@ pub fn read(request: &CreateSandboxRequest) -> Result<SandboxConfig, ConfigError
     let dns = config.message(DNS)?;
     let dns =
         Dns { servers: dns.texts(DNS_SERVERS), searches: dns.texts(DNS_SEARCHES), options: dns.texts(DNS_OPTIONS) };
-    let shared = Shared { hostname, dns, sysctls: linux.map(LINUX_SYSCTLS)? };
+    let shared = Shared { hostname, dns };
     let parent = linux.text(LINUX_CGROUP_PARENT).filter(|parent| !parent.is_empty());
     let slice = parent.as_deref().and_then(|parent| parent.rsplit('/').next()).filter(|name| name.ends_with(".slice"));
     // As the CRI plugin has those of the containers.
@@ -247,11 +248,13 @@ mod tests {
     fn what_containers_get_is_read() {
         let dns = [bytes(1, b"10.0.0.1"), bytes(1, b"::1"), bytes(2, b"a"), bytes(3, b"ndots:5")].concat();
         let linux = bytes(3, &[bytes(1, b"net.core.somaxconn"), bytes(2, b"7")].concat());
-        let shared = read(&request([bytes(2, b"web"), bytes(4, &dns), bytes(8, &linux)].concat())).unwrap().shared;
+        let config = read(&request([bytes(2, b"web"), bytes(4, &dns), bytes(8, &linux)].concat())).unwrap();
+        let shared = config.shared;
         assert_eq!(shared.hostname.as_deref(), Some("web"));
         assert_eq!(shared.dns.servers, ["10.0.0.1", "::1"]);
         assert_eq!((shared.dns.searches, shared.dns.options), (vec!["a".to_owned()], vec!["ndots:5".to_owned()]));
-        assert_eq!(shared.sysctls, HashMap::from([("net.core.somaxconn".into(), "7".into())]));
+        let spec = serde_json::to_value(config.spec).unwrap();
+        assert_eq!(spec["linux"]["sysctl"], json!({ "net.core.somaxconn": "7" }));
     }
 
     #[test]

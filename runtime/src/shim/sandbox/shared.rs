@@ -1,7 +1,6 @@
 //! What every container of a pod gets from it. With the Sandbox API this is the sandbox' business: the CRI plugin makes
 //! these files for its own sandboxes only.
 
-use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -36,15 +35,12 @@ pub struct Shared {
     pub hostname: Option<String>,
     /// As of the host where it says nothing.
     pub dns: Dns,
-    /// Parameters of the kernel (sysctl(8)) for the namespaces that the pod's containers share.
-    pub sysctls: HashMap<String, String>,
 }
 
 /// The same with its files.
 #[derive(Clone, Debug)]
 pub struct SharedFiles {
     folder: PathBuf,
-    sysctls: HashMap<String, String>,
 }
 
 impl Shared {
@@ -68,7 +64,7 @@ impl Shared {
             lines => lines.into_bytes(),
         };
         fs::write(named(RESOLV_CONF), resolv_conf)?;
-        Ok(SharedFiles { folder: folder.into(), sysctls: self.sysctls.clone() })
+        Ok(SharedFiles { folder: folder.into() })
     }
 }
 
@@ -114,11 +110,6 @@ impl SharedFiles {
             mounts.push(mount);
         }
         spec.set_mounts(Some(mounts));
-        if let Some(linux) = spec.linux_mut() {
-            let mut sysctls = self.sysctls.clone();
-            sysctls.extend(linux.sysctl().clone().unwrap_or_default());
-            linux.set_sysctl(Some(sysctls));
-        }
     }
 }
 
@@ -129,7 +120,7 @@ mod tests {
     use super::*;
 
     fn given(spec: Value) -> Value {
-        let files = SharedFiles { folder: "/pod".into(), sysctls: HashMap::from([("net.a".into(), "1".into())]) };
+        let files = SharedFiles { folder: "/pod".into() };
         let mut spec = serde_json::from_value(spec).unwrap();
         files.give(&mut spec);
         serde_json::to_value(spec).unwrap()
@@ -140,7 +131,7 @@ mod tests {
         let own = json!({ "destination": "/etc/hosts", "type": "bind", "source": "/own", "options": ["rbind"] });
         let shm = json!({ "destination": "/dev/shm", "type": "tmpfs", "source": "shm" });
         let spec = given(json!({ "ociVersion": "1.2.0", "root": { "path": "rootfs", "readonly": true },
-            "mounts": [own, shm], "linux": { "sysctl": { "net.b": "2" } } }));
+            "mounts": [own, shm] }));
         let has = |n: usize| {
             let mount = &spec["mounts"][n];
             (mount["destination"].as_str(), mount["source"].as_str(), mount["options"][2].as_str())
@@ -150,7 +141,6 @@ mod tests {
         assert_eq!(has(2), (Some("/etc/resolv.conf"), Some("/pod/resolv.conf"), Some("ro")));
         assert_eq!(has(3), (Some("/dev/shm"), Some("/pod/shm"), Some("rw")));
         assert_eq!(spec["mounts"].as_array().unwrap().len(), 4);
-        assert_eq!(spec["linux"]["sysctl"], json!({ "net.a": "1", "net.b": "2" }));
     }
 
     #[test]
