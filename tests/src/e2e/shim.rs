@@ -168,14 +168,16 @@ fn kills(context: &Context) -> Result<Verdict> {
              settled() {{ n=0; until $@; do n=$((n + 1)); [ $n -lt 100 ] || {{ echo $* is not so; ctr task ls; exit 1; }}; sleep 0.1; done; }}
              ended() {{ case $(status c1) in ''|STOPPED) true;; *) false;; esac; }}
              removed() {{ ctr task rm -f c1 >p 2>&1; [ -z \"$(status c1)\" ] && ctr container rm c1 >p 2>&1 || [ -z \"$(ctr container ls -q)\" ]; }}
+             # Before there is a shim, nothing is hit.
+             hit() {{ until pkill -KILL -x 'katavm-sandbox|containerd-shim' || ! kill -0 $client 2>p; do sleep 0.02; done; }}
              for n in 1 2 3 4 5; do
                  what=$((RANDOM % 3)); moment=0.$((RANDOM % 10))
                  ctr run --runtime io.containerd.katavm.v2 --cap-add CAP_SYS_BOOT --privileged $image c1 sh -c 'while :; do date; sleep 0.1; done' </dev/null >out 2>&1 & client=$!
                  sleep $((RANDOM % 4))$(echo $moment | cut -c 2-)
                  case $what in
-                     0) pkill -KILL -x katavm-sandbox || true;;
+                     0) hit;;
                      1) kill -KILL $server; wait $server || true; server;;
-                     2) [ \"$(status c1)\" = RUNNING ] && timeout 10 ctr task exec --exec-id e c1 sh -c 'echo c >/proc/sysrq-trigger' </dev/null >p 2>&1 || pkill -KILL -x katavm-sandbox || true;;
+                     2) [ \"$(status c1)\" = RUNNING ] && timeout 10 ctr task exec --exec-id e c1 sh -c 'echo c >/proc/sysrq-trigger' </dev/null >p 2>&1 || hit;;
                  esac
                  if [ $what = 1 ]; then kill -KILL $client || true; wait $client || true; else wait $client || true; settled ended; fi
                  settled removed; gone
