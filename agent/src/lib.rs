@@ -6,6 +6,7 @@ pub mod boot;
 pub mod bpf;
 pub mod cgroup;
 pub mod container;
+pub mod disks;
 pub mod end;
 pub mod error;
 pub mod events;

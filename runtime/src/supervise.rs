@@ -161,7 +161,8 @@ fn boot(launch: &Launch, outside: &Outside, share: FsShare) -> anyhow::Result<Bo
     let start = |ports: &Vec<_>| UserNetwork::start(ports, &outside.directory);
     let (user_network, net) = launch.user_network.as_ref().map(start).transpose()?.unzip();
     let nets = nets.into_iter().flatten().chain(net).collect();
-    let started = vm::boot(Boot { image: launch.image.clone(), size: launch.plan.size, share, nets, console })?;
+    let disks = launch.plan.disks.len();
+    let started = vm::boot(Boot { image: launch.image.clone(), size: launch.plan.size, share, nets, disks, console })?;
     Ok((started, network, user_network))
 }
 
@@ -252,6 +253,7 @@ impl Work<'_> {
                         exports: plan.exports,
                         tmpfs: plan.tmpfs,
                         replaced: plan.replaced,
+                        disks: plan.disks,
                         io,
                         link: Some(link),
                         journal: outside.journal,

@@ -11,6 +11,7 @@ mod containerd;
 mod context;
 pub(crate) mod cri;
 mod crio;
+mod disk;
 mod docker;
 mod failing;
 mod guest;
@@ -106,7 +107,7 @@ pub fn cases(boot: Boot, long: bool) -> Vec<Case> {
     tables.iter().copied().flatten().flat_map(rows).collect()
 }
 
-const FIRST: &[Table] = &[boot::CASES, agent::CASES, snapshot::CASES, network::CASES, traffic::CASES];
+const FIRST: &[Table] = &[boot::CASES, agent::CASES, snapshot::CASES, network::CASES, traffic::CASES, disk::CASES];
 const LAST: &[Table] =
     &[oci::CASES, limits::CASES, idmap::CASES, failing::CASES, hostile::CASES, survive::CASES, user::CASES];
 const ENGINES: &[Table] = &[podman::CASES, rootless::CASES, docker::CASES, crio::CASES, beside::CASES];
