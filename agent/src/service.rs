@@ -8,7 +8,7 @@ use katavm_protocol::agent::{
     AttachDiskRequest, AttachDiskResponse, CheckRequest, CheckResponse, ConfigureNetworkRequest, ContainerRequest,
     CreateContainerRequest, CreateExecRequest, CreateSandboxRequest, DetachDiskRequest, Empty, Event,
     ListProcessesResponse, ProcessRequest, ProcessResponse, RemoveContainerRequest, ResizeTerminalRequest,
-    SetVolumeRequest, SignalRequest, StatsResponse, UpdateContainerRequest, WaitResponse,
+    SetSysctlsRequest, SetVolumeRequest, SignalRequest, StatsResponse, UpdateContainerRequest, WaitResponse,
 };
 use katavm_protocol::agent_ttrpc::Agent;
 use katavm_protocol::reset::RESET_ORDERLY;
@@ -88,6 +88,13 @@ impl Agent for Service {
 
     async fn detach_disk(&self, _: &TtrpcContext, request: DetachDiskRequest) -> Result<Empty> {
         to_its_end(async move { blocking(move || disks::detach(request.place)).await? }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn set_sysctls(&self, _: &TtrpcContext, request: SetSysctlsRequest) -> Result<Empty> {
+        let mut sysctls: Vec<_> = request.sysctls.iter().collect();
+        sysctls.sort_unstable();
+        sysctls.into_iter().try_for_each(|(name, value)| sandbox::set_sysctl(name, value))?;
         Ok(Empty::new())
     }
 

@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use katavm_devices::balloon::Balloon;
 use katavm_devices::block::Block;
 use katavm_devices::fs::Fs;
 use katavm_devices::net::Net;
@@ -25,6 +26,7 @@ pub enum Device {
     Block(Arc<Mutex<Block>>),
     Net(Arc<Mutex<Net>>),
     Rng(Arc<Mutex<Rng>>),
+    Balloon(Arc<Mutex<Balloon>>),
 }
 
 impl Device {
@@ -36,6 +38,7 @@ impl Device {
             Self::Block(device) => Arc::clone(device) as SharedDevice,
             Self::Net(device) => Arc::clone(device) as SharedDevice,
             Self::Rng(device) => Arc::clone(device) as SharedDevice,
+            Self::Balloon(device) => Arc::clone(device) as SharedDevice,
         }
     }
 
@@ -47,7 +50,7 @@ impl Device {
             Self::Block(device) if !lock(device).is_attached() => SLOTS,
             Self::Block(_) => "block",
             Self::Net(_) => "net",
-            Self::Vsock(_) | Self::Rng(_) => QUICK,
+            Self::Vsock(_) | Self::Rng(_) | Self::Balloon(_) => QUICK,
         }
     }
 
@@ -72,6 +75,7 @@ impl Device {
             Self::Block(device) => DeviceState::Block(lock(device).save()),
             Self::Net(device) => DeviceState::Net(lock(device).save()),
             Self::Rng(device) => DeviceState::Rng(lock(device).save()),
+            Self::Balloon(device) => DeviceState::Balloon(lock(device).save()),
         }
     }
 }

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::{Mutex, MutexGuard};
 
+use katavm_devices::balloon::Balloon;
 use katavm_devices::block::{Block, BlockConfig, BlockError};
 use katavm_devices::memory::GuestMemory;
 use katavm_devices::net::{Backend, Net, NetLimits};
@@ -41,6 +42,9 @@ pub enum MicrovmError {
     /// The disk is not possible.
     #[error(transparent)]
     Disk(#[from] BlockError),
+    /// It was built without one.
+    #[error("the virtual machine has no balloon")]
+    NoBalloon,
     /// The backend cannot be watched.
     #[error("cannot attach a network interface: {0}")]
     Attach(std::io::Error),
@@ -275,6 +279,31 @@ impl Microvm {
             Some(Device::Block(block)) => Ok(lock(block)),
             _ => Err(MicrovmError::NoDisk(place)),
         }
+    }
+
+    /// Asks the guest to have `mib` MiB of its memory in the balloon, which the host has then.
+    ///
+    /// # Errors
+    /// When it has no balloon.
+    pub fn set_balloon(&self, mib: u32) -> Result<(), MicrovmError> {
+        lock(self.balloon()?).set_target(mib);
+        Ok(())
+    }
+
+    /// How many MiB are in the balloon, as the guest says.
+    ///
+    /// # Errors
+    /// When it has no balloon.
+    pub fn balloon_mib(&self) -> Result<u32, MicrovmError> {
+        Ok(lock(self.balloon()?).held_mib())
+    }
+
+    fn balloon(&self) -> Result<&Mutex<Balloon>, MicrovmError> {
+        let balloon = self.devices.iter().find_map(|device| match device {
+            Device::Balloon(balloon) => Some(&**balloon),
+            _ => None,
+        });
+        balloon.ok_or(MicrovmError::NoBalloon)
     }
 
     fn interface(&self, index: usize) -> Result<&Mutex<Net>, MicrovmError> {

@@ -1,5 +1,6 @@
 //! The agent's service, as a client.
 
+use std::collections::HashMap;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -8,8 +9,8 @@ pub use katavm_protocol::agent::Process as GuestProcess;
 use katavm_protocol::agent::{
     AttachDiskRequest, AttachDiskResponse, CheckRequest, ConfigureNetworkRequest, ContainerRequest,
     CreateContainerRequest, CreateExecRequest, CreateSandboxRequest, DetachDiskRequest, Empty, Event, Exit,
-    ProcessRequest, RemoveContainerRequest, ResizeTerminalRequest, SetVolumeRequest, SignalRequest, StatsResponse,
-    UpdateContainerRequest,
+    ProcessRequest, RemoveContainerRequest, ResizeTerminalRequest, SetSysctlsRequest, SetVolumeRequest, SignalRequest,
+    StatsResponse, UpdateContainerRequest,
 };
 use katavm_protocol::agent_ttrpc::AgentClient;
 use tokio::time::timeout;
@@ -126,6 +127,16 @@ impl Agent {
     pub async fn detach_disk(&self, place: u32) -> Result<(), AgentError> {
         let request = DetachDiskRequest { place, ..Default::default() };
         within(PATIENCE, self.client.detach_disk(deadline(PATIENCE), &request)).await?;
+        Ok(())
+    }
+
+    /// Sets parameters of the guest's kernel (sysctl(8)).
+    ///
+    /// # Errors
+    /// Any [`AgentError`].
+    pub async fn set_sysctls(&self, sysctls: HashMap<String, String>) -> Result<(), AgentError> {
+        let request = SetSysctlsRequest { sysctls, ..Default::default() };
+        within(PATIENCE, self.client.set_sysctls(deadline(PATIENCE), &request)).await?;
         Ok(())
     }
 

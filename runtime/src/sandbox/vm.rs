@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use katavm_devices::balloon::Balloon;
 use katavm_devices::block::{Block, BlockConfig, BlockError};
 use katavm_devices::fs::{Fs, FsShare};
 use katavm_devices::net::Net;
@@ -183,7 +184,8 @@ pub fn boot(boot: Boot) -> Result<Started, VmError> {
     let builder = Microvm::builder(config)
         .vsock(vsock)
         .fs(Fs::new(SHARED_TAG, boot.share).map_err(device("shared file system"))?)
-        .rng(Rng::new().map_err(device("entropy source"))?);
+        .rng(Rng::new().map_err(device("entropy source"))?)
+        .balloon(Balloon::new().map_err(device("memory balloon"))?);
     let mut builder = boot.nets.into_iter().fold(builder, MicrovmBuilder::net);
     for _ in 0..boot.disks + SPARE_PLACES {
         builder = builder.block(Block::slot(DISK_QUEUES.min(boot.size.vcpus.into()))?);
