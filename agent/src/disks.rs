@@ -1,7 +1,4 @@
 //! Disks that the host puts into places of the machine, and takes away again.
-//!
-//! A place is a virtio-mmio window whose `DeviceID` is 0 while it is empty (virtio 1.3, 4.2.2). The kernel looks at it when
-//! the driver is bound to it, and forgets the disk when the driver is unbound (DESIGN §4.7).
 
 use std::fs;
 use std::io;
@@ -13,9 +10,7 @@ use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::error::Error;
-
-const DEVICES: &str = "/sys/bus/platform/devices";
-const DRIVER: &str = "/sys/bus/platform/drivers/virtio-mmio";
+use crate::places::{self, PLACES};
 
 /// Where file systems of disks are mounted, each in a directory by the number of its place.
 const MOUNTED: &str = "/run/katavm/disks";
@@ -105,15 +100,12 @@ fn flags_and_text(options: &[String]) -> (MsFlags, String) {
 
 /// Binds the driver to `place`; the block device of the disk there. Doing it again changes nothing.
 fn bind(place: u32) -> Result<AttachDiskResponse, Error> {
-    let name = name(place);
+    let name = places::name(place);
     let device = device(place)?;
-    if !device.join("driver").exists() {
-        // The driver has looked at the disk when this returns.
-        fs::write(Path::new(DRIVER).join("bind"), &name).map_err(|error| match error.raw_os_error() {
-            Some(libc::ENODEV) => Error::NotFound(format!("{name} is empty: the host has put no disk there")),
-            _ => Error::io(format_args!("cannot bind the driver to {name}"), error),
-        })?;
-    }
+    PLACES.bind_disk(place).map_err(|error| match error.raw_os_error() {
+        Some(libc::ENODEV) => Error::NotFound(format!("{name} is empty: the host has put no disk there")),
+        _ => Error::io(format_args!("cannot bind the driver to {name}"), error),
+    })?;
     block_device(&device).map_err(|error| Error::io(format_args!("no disk appeared at {name}"), error))
 }
 
@@ -123,10 +115,11 @@ fn bind(place: u32) -> Result<AttachDiskResponse, Error> {
 /// # Errors
 /// That there is no such place, or that the kernel does not let go.
 pub fn detach(place: u32) -> Result<(), Error> {
-    let name = name(place);
-    if !device(place)?.join("driver").exists() {
+    device(place)?;
+    if !PLACES.is_bound(place) {
         return Ok(());
     }
+    let name = places::name(place);
     let path = format!("{MOUNTED}/{place}");
     if Path::new(&path).exists() {
         match umount2(path.as_str(), MntFlags::empty()) {
@@ -141,17 +134,11 @@ pub fn detach(place: u32) -> Result<(), Error> {
         }
         let _ = fs::remove_dir(&path);
     }
-    fs::write(Path::new(DRIVER).join("unbind"), &name)
-        .map_err(|error| Error::io(format_args!("cannot unbind the driver from {name}"), error))
-}
-
-fn name(place: u32) -> String {
-    format!("virtio-mmio.{place}")
+    PLACES.unbind(&name).map_err(|error| Error::io(format_args!("cannot unbind the driver from {name}"), error))
 }
 
 fn device(place: u32) -> Result<PathBuf, Error> {
-    let device = Path::new(DEVICES).join(name(place));
-    if device.exists() { Ok(device) } else { Err(Error::NotFound(format!("the machine has no place {place}"))) }
+    PLACES.device(place).map_err(|_| Error::NotFound(format!("the machine has no place {place}")))
 }
 
 /// The only disk below `device`: `virtio<n>/block/<name>`.

@@ -16,6 +16,7 @@ pub mod listening;
 pub mod log;
 pub mod names;
 pub mod network;
+pub mod places;
 pub mod reaper;
 pub mod sandbox;
 pub mod server;

@@ -87,9 +87,9 @@ fn fio(device: &str) -> String {
     for (pattern, len, depth, size) in [
         ("randrw", "4k", 1, "2M"),
         ("randrw", "4k", 32, "8M"),
-        ("randwrite", "1M", 32, "48M"),
+        ("randwrite", "1M", 32, "16M"),
         ("write", "4k", 32, "8M"),
-        ("rw", "1M", 1, "48M"),
+        ("rw", "1M", 1, "16M"),
     ] {
         script += &format!(
             "fio --name={pattern}-{len}-{depth} --filename={device} --ioengine=libaio --direct=1 --rw={pattern} --bs={len} \
