@@ -16,6 +16,7 @@ use katavm_vmm::MicrovmBuilder;
 use serde_json::json;
 
 use super::guest::{Guest, Running};
+use super::rebuild;
 use super::run::{bundle, katavm};
 use super::{Context, Table, Verdict};
 
@@ -27,6 +28,7 @@ pub const CASES: Table = (
         ("a_host_that_fails_gives_the_guest_errors", faults),
         ("disks_come_and_go_beside_one_that_works", plug),
         ("a_disk_leaves_under_a_guest_that_uses_it", surprise),
+        ("busy_disks_stand_still_and_go_on", paused),
         ("a_container_mounts_file_systems_in_images", volumes),
     ],
 );
@@ -81,16 +83,19 @@ fn run(guest: &Guest, id: &str, script: &str) -> Result<String> {
     Ok(output)
 }
 
-/// One row of `fio` for each pattern, length and depth on `device`, all that is read checked.
-fn fio(device: &str) -> String {
+/// What is done to a disk: pattern, length, depth, size.
+const PATTERNS: [(&str, &str, u32, &str); 5] = [
+    ("randrw", "4k", 32, "4M"),
+    ("rw", "1M", 1, "16M"),
+    ("randrw", "4k", 1, "1M"),
+    ("randwrite", "1M", 32, "16M"),
+    ("write", "4k", 32, "4M"),
+];
+
+/// A run of `fio` on `device` for each of these, all that is read checked.
+fn fio(device: &str, patterns: &[(&str, &str, u32, &str)]) -> String {
     let mut script = String::new();
-    for (pattern, len, depth, size) in [
-        ("randrw", "4k", 1, "2M"),
-        ("randrw", "4k", 32, "8M"),
-        ("randwrite", "1M", 32, "16M"),
-        ("write", "4k", 32, "8M"),
-        ("rw", "1M", 1, "16M"),
-    ] {
+    for (pattern, len, depth, size) in patterns {
         script += &format!(
             "fio --name={pattern}-{len}-{depth} --filename={device} --ioengine=libaio --direct=1 --rw={pattern} --bs={len} \
              --iodepth={depth} --size={size} --verify=crc32c --verify_fatal=1 --verify_state_save=0 --randrepeat=1 \
@@ -112,9 +117,10 @@ fn written(context: &Context) -> Result<Verdict> {
         run(&guest, "facts", facts)? == "vda ring 1 write back\nvdb plain 1 write back\n",
         "the disks look different"
     );
-    for (device, file) in [("/dev/vda", &ring), ("/dev/vdb", &plain)] {
+    // One request after the other is what the plain engine does, whatever the pattern.
+    for (device, file, patterns) in [("/dev/vda", &ring, &PATTERNS[..]), ("/dev/vdb", &plain, &PATTERNS[..2])] {
         let begun = Instant::now();
-        run(&guest, &format!("fio-{}", &device[5..]), &fio(device))?;
+        run(&guest, &format!("fio-{}", &device[5..]), &fio(device, patterns))?;
         context.note("took", format!("{device}: {:?}\n", begun.elapsed()));
         // The guest's own sum, past its cache, against the bytes of the file.
         let script = format!(
@@ -201,11 +207,7 @@ fn plug(context: &Context) -> Result<Verdict> {
     let refused = guest.runtime.block_on(guest.agent.attach_disk(Guest::soon(), &empty));
     ensure!(refused.as_ref().is_err_and(|error| error.to_string().contains("is empty")), "{refused:?}");
 
-    let work = "fio --name=w --filename=/dev/vda --ioengine=libaio --direct=1 --rw=randrw --bs=4k --iodepth=8 --size=8M \
-                --verify=crc32c --verify_fatal=1 --verify_state_save=0 --loops=1000000 > fio.out & w=$!; echo works; \
-                while [ ! -e /dev/shm-stop ] && kill -0 $w 2>/dev/null; do sleep 0.2; done; \
-                kill -INT $w || { cat fio.out; exit 1; }; wait $w || true; ! grep -i 'verify:' fio.out";
-    let mut works = start(&guest, "work", work)?;
+    let mut works = start(&guest, "work", &work("/dev/vda"))?;
     works.read_until(b"works")?;
     let mut names = Vec::new();
     for round in 0..ROUNDS {
@@ -246,10 +248,62 @@ fn plug(context: &Context) -> Result<Verdict> {
         }
     }
     context.note("names", names.join("\n"));
-    let left = run(&guest, "left", "ls /sys/block | grep -c ^vd; touch /dev/shm-stop")?;
+    let left = run(&guest, "left", "ls /sys/block | grep -c ^vd")?;
     ensure!(left.trim() == "1", "{left} disks are left");
-    let (output, exit) = works.wait(&guest)?;
-    ensure!(exit.status == 0, "the work beside: {}, {}", exit.status, String::from_utf8_lossy(&output));
+    finish(&guest, works)?;
+    guest.end()?;
+    Ok(Verdict::Passed)
+}
+
+/// Writes and reads all the time, what is read checked, until [`finish`].
+fn work(device: &str) -> String {
+    format!(
+        "fio --name=w --filename={device} --ioengine=libaio --direct=1 --rw=randrw --bs=4k --iodepth=8 --size=8M \
+         --verify=crc32c --verify_fatal=1 --verify_state_save=0 --loops=1000000 >fio.out & w=$!; echo works
+         while [ ! -e /dev/stop ] && kill -0 $w 2>/dev/null; do sleep 0.2; done
+         kill -INT $w || {{ cat fio.out; exit 1; }}; wait $w || true; cat fio.out; ! grep -qi 'verify:' fio.out"
+    )
+}
+
+/// Ends the work, in which nothing may have been wrong.
+fn finish(guest: &Guest, work: Running) -> Result<()> {
+    run(guest, "stop", "touch /dev/stop")?;
+    let (output, exit) = work.wait(guest)?;
+    ensure!(exit.status == 0, "the work: {}, {}", exit.status, String::from_utf8_lossy(&output));
+    run(guest, "go", "rm /dev/stop")?;
+    Ok(())
+}
+
+/// Pauses, snapshots and another machine from the bytes, with requests under way by both engines.
+fn paused(context: &Context) -> Result<Verdict> {
+    const PAUSES: usize = 10;
+    let (ring, plain) = (image(context, "ring", 8)?, image(context, "plain", 8)?);
+    let disks = || Ok(vec![disk(&ring, by(EngineKind::IoUring))?, disk(&plain, by(EngineKind::Blocking))?]);
+    let mut guest = Guest::boot_on(
+        context,
+        |builder| disks()?.into_iter().try_fold(builder, |builder, disk| Ok(builder.block(Block::new(disk)?))),
+        |_| (),
+    )?;
+    guest.sandbox()?;
+    let mut works = Vec::new();
+    for device in ["/dev/vda", "/dev/vdb"] {
+        let mut running = start(&guest, &format!("work-{}", &device[5..]), &work(device))?;
+        running.read_until(b"works")?;
+        works.push(running);
+    }
+    for round in 0..PAUSES {
+        std::thread::sleep(Duration::from_millis(100 + 37 * round as u64));
+        let begun = Instant::now();
+        guest.vm.pause()?;
+        guest.vm.save()?;
+        guest.vm.resume()?;
+        ensure!(begun.elapsed() < Duration::from_secs(20), "pause {round} took {:?}", begun.elapsed());
+    }
+    let exports = ["work-vda", "work-vdb"].map(|id| (id, Path::new("/")));
+    guest = rebuild::here(context, guest, &exports, disks)?;
+    for running in works {
+        finish(&guest, running)?;
+    }
     guest.end()?;
     Ok(Verdict::Passed)
 }
