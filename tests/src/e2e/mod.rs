@@ -13,6 +13,7 @@ pub(crate) mod cri;
 mod crio;
 mod docker;
 mod failing;
+mod files;
 mod guest;
 mod hostile;
 mod idmap;
@@ -95,7 +96,7 @@ pub enum Boot {
 pub fn cases(boot: Boot, long: bool) -> Vec<Case> {
     let tables: &[&[Table]] = match boot {
         Boot::Plain if long => {
-            &[FIRST, &[failing::LONG, hostile::LONG, survive::LONG], &run::LONG_TABLES, &run::TABLES, LAST]
+            &[FIRST, &[failing::LONG, files::LONG, hostile::LONG, survive::LONG], &run::LONG_TABLES, &run::TABLES, LAST]
         }
         Boot::Plain => &[FIRST, &run::TABLES, LAST],
         Boot::Engines => &[ENGINES],
@@ -106,7 +107,7 @@ pub fn cases(boot: Boot, long: bool) -> Vec<Case> {
     tables.iter().copied().flatten().flat_map(rows).collect()
 }
 
-const FIRST: &[Table] = &[boot::CASES, agent::CASES, snapshot::CASES, network::CASES, traffic::CASES];
+const FIRST: &[Table] = &[boot::CASES, agent::CASES, files::CASES, snapshot::CASES, network::CASES, traffic::CASES];
 const LAST: &[Table] =
     &[oci::CASES, limits::CASES, idmap::CASES, failing::CASES, hostile::CASES, survive::CASES, user::CASES];
 const ENGINES: &[Table] = &[podman::CASES, rootless::CASES, docker::CASES, crio::CASES, beside::CASES];

@@ -73,14 +73,14 @@ impl Server {
 
     pub(super) fn syncfs(&self, request: &mut Request<'_>, _out: &mut Buffers<'_>) -> Result<(), Errno> {
         if request.header.nodeid != ROOT_ID {
-            let node = self.nodes.get(request.header.nodeid)?;
+            let node = self.node(request.header.nodeid)?;
             return rustix::fs::syncfs(self.open_directory(&node)?);
         }
         // Exported files are left to fsync; their directories are not ours to open.
         for export in self.exports.after(0) {
             let found = super::root::export_root(&export)?;
             if found.kind() == FileType::Directory {
-                let node = self.nodes.intern(found)?;
+                let (node, _) = self.intern(found)?;
                 let synced = self.open_directory(&node).and_then(rustix::fs::syncfs);
                 self.nodes.forget(node.id, 1);
                 synced?;
@@ -145,8 +145,8 @@ impl Server {
             let namelen = names::NAME_MAX as u32;
             return put(out, &StatfsOut { bsize: 4096, frsize: 4096, namelen, ..StatfsOut::default() });
         }
-        let node = self.nodes.get(request.header.nodeid)?;
-        let host = rustix::fs::fstatvfs(&*node)?;
+        let node = self.node(request.header.nodeid)?;
+        let host = rustix::fs::fstatvfs(&node)?;
         let small = |value: u64| u32::try_from(value).unwrap_or(u32::MAX);
         let reply = StatfsOut {
             blocks: host.f_blocks,
@@ -213,6 +213,7 @@ fn count(vectors: &[libc::iovec]) -> libc::c_int {
     vectors.len() as libc::c_int
 }
 
-fn last_error() -> Errno {
+/// Why the system call before failed.
+pub fn last_error() -> Errno {
     Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO)
 }
