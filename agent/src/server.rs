@@ -68,6 +68,7 @@ fn serve(cmdline: &Cmdline, main_ns: u64) -> Result<std::convert::Infallible, Er
             .register_service(create_agent(Arc::new(Service::new(containers, names))));
         server.start().await.map_err(|error| Error::Internal(format!("cannot serve the rpc port: {error}")))?;
         say_ready(transport, main_ns);
+        tokio::spawn(cgroup::idle::watch());
         loop {
             reaper.reap();
             children.recv().await;

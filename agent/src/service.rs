@@ -7,7 +7,8 @@ use async_trait::async_trait;
 use katavm_protocol::agent::{
     CheckRequest, CheckResponse, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, CreateExecRequest,
     CreateSandboxRequest, Empty, Event, ListProcessesResponse, ProcessRequest, ProcessResponse, RemoveContainerRequest,
-    ResizeTerminalRequest, SetVolumeRequest, SignalRequest, StatsResponse, UpdateContainerRequest, WaitResponse,
+    ResizeTerminalRequest, SetSysctlsRequest, SetVolumeRequest, SignalRequest, StatsResponse, UpdateContainerRequest,
+    WaitResponse,
 };
 use katavm_protocol::agent_ttrpc::Agent;
 use katavm_protocol::reset::RESET_ORDERLY;
@@ -73,6 +74,13 @@ impl Agent for Service {
         let done = tokio::task::spawn_blocking(move || network::configure(&request)).await;
         done.map_err(|error| Error::Internal(error.to_string()))??;
         self.names.set(&name_servers).await?;
+        Ok(Empty::new())
+    }
+
+    async fn set_sysctls(&self, _: &TtrpcContext, request: SetSysctlsRequest) -> Result<Empty> {
+        let mut sysctls: Vec<_> = request.sysctls.iter().collect();
+        sysctls.sort_unstable();
+        sysctls.into_iter().try_for_each(|(name, value)| sandbox::set_sysctl(name, value))?;
         Ok(Empty::new())
     }
 

@@ -4,6 +4,7 @@
 //! every one of them is driven in tests by a scripted driver without any virtual machine.
 //! Everything that comes from the guest is hostile (see `docs/security.md`).
 
+pub mod balloon;
 pub mod block;
 pub mod fs;
 pub mod legacy;

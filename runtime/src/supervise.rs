@@ -262,6 +262,11 @@ impl Work<'_> {
                     Ok(pod.create(new).await?)
                 }
                 None => {
+                    // There is no container that would have them set for all.
+                    let sysctls = self.launch.bundle.spec.linux().as_ref().and_then(|linux| linux.sysctl().clone());
+                    if let Some(sysctls) = sysctls.filter(|sysctls| !sysctls.is_empty()) {
+                        pod.agent().set_sysctls(sysctls).await?;
+                    }
                     let mut journal = outside.journal;
                     journal.set_status(Status::Running);
                     Err(Empty { _link: link, _journal: journal })

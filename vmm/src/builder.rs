@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::sync::{Arc, Mutex};
 
+use katavm_devices::balloon::Balloon;
 use katavm_devices::block::Block;
 use katavm_devices::fs::Fs;
 use katavm_devices::legacy::{Serial, SerialState};
@@ -101,6 +102,12 @@ impl MicrovmBuilder {
     #[must_use]
     pub fn rng(self, rng: Rng) -> Self {
         self.device(Device::Rng(Arc::new(Mutex::new(rng))))
+    }
+
+    /// Adds the balloon, by which the guest gives memory back.
+    #[must_use]
+    pub fn balloon(self, balloon: Balloon) -> Self {
+        self.device(Device::Balloon(Arc::new(Mutex::new(balloon))))
     }
 
     fn device(mut self, device: Device) -> Self {

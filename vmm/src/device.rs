@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use katavm_devices::balloon::Balloon;
 use katavm_devices::block::Block;
 use katavm_devices::fs::Fs;
 use katavm_devices::net::Net;
@@ -23,6 +24,7 @@ pub enum Device {
     Block(Arc<Mutex<Block>>),
     Net(Arc<Mutex<Net>>),
     Rng(Arc<Mutex<Rng>>),
+    Balloon(Arc<Mutex<Balloon>>),
 }
 
 impl Device {
@@ -34,6 +36,7 @@ impl Device {
             Self::Block(device) => Arc::clone(device) as SharedDevice,
             Self::Net(device) => Arc::clone(device) as SharedDevice,
             Self::Rng(device) => Arc::clone(device) as SharedDevice,
+            Self::Balloon(device) => Arc::clone(device) as SharedDevice,
         }
     }
 
@@ -44,7 +47,7 @@ impl Device {
             Self::Fs(_) => "fs",
             Self::Block(_) => "block",
             Self::Net(_) => "net",
-            Self::Vsock(_) | Self::Rng(_) => QUICK,
+            Self::Vsock(_) | Self::Rng(_) | Self::Balloon(_) => QUICK,
         }
     }
 
@@ -69,6 +72,7 @@ impl Device {
             Self::Block(device) => DeviceState::Block(lock(device).save()),
             Self::Net(device) => DeviceState::Net(lock(device).save()),
             Self::Rng(device) => DeviceState::Rng(lock(device).save()),
+            Self::Balloon(device) => DeviceState::Balloon(lock(device).save()),
         }
     }
 }

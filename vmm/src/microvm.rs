@@ -4,6 +4,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Mutex;
 
+use katavm_devices::balloon::Balloon;
 use katavm_devices::memory::GuestMemory;
 use katavm_devices::net::{Backend, Net, NetLimits};
 use katavm_devices::vsock::ConnectionId;
@@ -30,6 +31,9 @@ pub enum MicrovmError {
     /// It has fewer network interfaces.
     #[error("the virtual machine has no network interface {0}, counted from 0")]
     NoInterface(usize),
+    /// It was built without one.
+    #[error("the virtual machine has no balloon")]
+    NoBalloon,
     /// The backend cannot be watched.
     #[error("cannot attach a network interface: {0}")]
     Attach(std::io::Error),
@@ -206,6 +210,31 @@ impl Microvm {
     pub fn set_net_limits(&self, index: usize, limits: NetLimits) -> Result<(), MicrovmError> {
         lock(self.interface(index)?).set_limits(limits);
         Ok(())
+    }
+
+    /// Asks the guest to have `mib` MiB of its memory in the balloon, which the host has then.
+    ///
+    /// # Errors
+    /// When it has no balloon.
+    pub fn set_balloon(&self, mib: u32) -> Result<(), MicrovmError> {
+        lock(self.balloon()?).set_target(mib);
+        Ok(())
+    }
+
+    /// How many MiB are in the balloon, as the guest says.
+    ///
+    /// # Errors
+    /// When it has no balloon.
+    pub fn balloon_mib(&self) -> Result<u32, MicrovmError> {
+        Ok(lock(self.balloon()?).held_mib())
+    }
+
+    fn balloon(&self) -> Result<&Mutex<Balloon>, MicrovmError> {
+        let balloon = self.devices.iter().find_map(|device| match device {
+            Device::Balloon(balloon) => Some(&**balloon),
+            _ => None,
+        });
+        balloon.ok_or(MicrovmError::NoBalloon)
     }
 
     fn interface(&self, index: usize) -> Result<&Mutex<Net>, MicrovmError> {

@@ -1,6 +1,7 @@
 //! Operations on a container's cgroup (v2). Limits are applied by libcontainer; this is what happens later.
 
 pub mod devices;
+pub mod idle;
 pub mod oom;
 pub mod stats;
 mod update;

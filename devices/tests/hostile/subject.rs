@@ -7,6 +7,7 @@ use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
+use katavm_devices::balloon::Balloon;
 use katavm_devices::block::{Block, BlockConfig};
 use katavm_devices::fs::{ExportOptions, Fs, FsShare};
 use katavm_devices::net::{Backend, Net, NetConfig, Offloads};
@@ -14,7 +15,7 @@ use katavm_devices::rng::Rng;
 use katavm_devices::virtio::VirtioDevice;
 use katavm_devices::vsock::Vsock;
 
-use crate::common::{Machine, writable};
+use crate::common::{Machine, WRITABLE, writable};
 
 /// One kind of device.
 pub trait Subject {
@@ -424,5 +425,50 @@ impl Subject for NetControlSubject {
 
     fn check(&self, len: u32, answer: &[u8]) {
         assert_eq!((len, answer), (1, &[0][..]));
+    }
+}
+
+struct BalloonSubject {
+    queue: usize,
+}
+
+pub fn balloon_inflate() -> impl Subject {
+    BalloonSubject { queue: 0 }
+}
+
+pub fn balloon_report() -> impl Subject {
+    BalloonSubject { queue: 2 }
+}
+
+impl Subject for BalloonSubject {
+    fn device(&self) -> Arc<Mutex<dyn VirtioDevice>> {
+        Arc::new(Mutex::new(Balloon::new().unwrap()))
+    }
+
+    fn queue(&self) -> usize {
+        self.queue
+    }
+
+    fn request(&self) -> (Vec<u8>, u32) {
+        match self.queue {
+            // The page at which writable buffers are put.
+            0 => (((WRITABLE >> 12) as u32).to_le_bytes().to_vec(), 0),
+            // A part of a page, which stays.
+            _ => (Vec::new(), 64),
+        }
+    }
+
+    fn check(&self, len: u32, answer: &[u8]) {
+        assert_eq!(len, 0);
+        assert!(answer.iter().all(|byte| *byte == 0xaa));
+    }
+
+    fn good(&self, machine: &mut Machine) {
+        machine.put(WRITABLE, &[0xaa; 4096]);
+        let (request, room) = self.request();
+        let (len, _) = machine.exchange(self.queue, &request, if room == 0 { 0 } else { 4096 });
+        assert_eq!(len, Some(0), "a good request is answered");
+        assert_eq!(machine.take(WRITABLE, 4096), [0; 4096], "the page was let go of");
+        assert!(machine.interrupted(), "an answer interrupts");
     }
 }

@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Seek};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use libcgroups::common::{
@@ -105,7 +106,7 @@ impl Cgroup {
     pub fn limit(&self, resources: &LinuxResources) -> io::Result<()> {
         let mut resources = resources.clone();
         if self.systemd {
-            take_cpusets(&mut resources);
+            self.set_cpusets(&mut resources).map_err(|error| self.failed("limit", &error))?;
         } else if !self.folder().join("io.bfq.weight").exists() {
             set_io_weight(&mut resources);
         }
@@ -164,14 +165,34 @@ impl Cgroup {
         if !self.systemd {
             return group.starts_with(&self.path);
         }
-        let text = self.path.to_string_lossy();
+        self.scope().is_some_and(|scope| group.components().any(|part| part.as_os_str() == scope.as_str()))
+    }
+
+    /// The name of systemd's unit for it, if systemd makes it.
+    fn scope(&self) -> Option<String> {
+        let text = self.path.to_str().filter(|_| self.systemd)?;
         let mut parts = text.splitn(3, ':').skip(1);
-        let scope = match (parts.next(), parts.next()) {
-            (Some(""), Some(name)) => format!("{name}.scope"),
-            (Some(prefix), Some(name)) => format!("{prefix}-{name}.scope"),
-            _ => return false,
-        };
-        group.components().any(|part| part.as_os_str() == scope.as_str())
+        match (parts.next()?, parts.next()?) {
+            ("", name) => Some(format!("{name}.scope")),
+            (prefix, name) => Some(format!("{prefix}-{name}.scope")),
+        }
+    }
+
+    /// Takes CPUs and memory nodes out of `resources`, and has systemd set them (systemd.resource-control(5)):
+    /// libcgroups tells systemd of them in a type that it refuses.
+    fn set_cpusets(&self, resources: &mut LinuxResources) -> io::Result<()> {
+        let properties = take_cpusets(resources);
+        let Some(scope) = self.scope().filter(|_| !properties.is_empty()) else { return Ok(()) };
+        let mut command = Command::new("systemctl");
+        if !is_root_of_host() {
+            command.arg("--user");
+        }
+        let output = command.args(["set-property", "--runtime", &scope]).args(&properties).output()?;
+        if output.status.success() {
+            return Ok(());
+        }
+        let message = String::from_utf8_lossy(&output.stderr);
+        Err(io::Error::other(format!("systemctl set-property {}: {}", properties.join(" "), message.trim())))
     }
 
     fn manager(&self) -> io::Result<AnyCgroupManager> {
@@ -188,23 +209,20 @@ impl Cgroup {
     }
 }
 
-/// Takes out CPUs and memory nodes, with a warning: libcgroups tells systemd of them in a type that it refuses.
-fn take_cpusets(resources: &mut LinuxResources) {
-    let mut taken = false;
+/// Takes CPUs and memory nodes out; gives them as properties of a unit of systemd.
+fn take_cpusets(resources: &mut LinuxResources) -> Vec<String> {
+    let mut properties = Vec::new();
     if let Some(mut cpu) = resources.cpu().clone() {
-        taken = cpu.cpus().is_some() || cpu.mems().is_some();
+        properties.extend(cpu.cpus().iter().map(|cpus| format!("AllowedCPUs={cpus}")));
+        properties.extend(cpu.mems().iter().map(|mems| format!("AllowedMemoryNodes={mems}")));
         cpu.set_cpus(None).set_mems(None);
         resources.set_cpu(Some(cpu));
     }
-    if let Some(mut files) = resources.unified().clone() {
-        let before = files.len();
-        files.retain(|file, _| !file.starts_with("cpuset."));
-        taken |= files.len() < before;
-        resources.set_unified(Some(files));
+    if let Some(files) = resources.unified_mut() {
+        properties.extend(files.remove("cpuset.cpus").map(|cpus| format!("AllowedCPUs={cpus}")));
+        properties.extend(files.remove("cpuset.mems").map(|mems| format!("AllowedMemoryNodes={mems}")));
     }
-    if taken {
-        log::warn!("linux.resources.cpu: cpus and mems have no effect in a control group that systemd makes");
-    }
+    properties
 }
 
 /// Makes a weight of I/O one of cgroup v2, as runc does: 10 to 1000 become 1 to 10000. libcgroups does the same in 16 bits,
@@ -246,10 +264,29 @@ fn names_scope(path: &Path) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn cgroup(path: &str, systemd: bool) -> Cgroup {
         Cgroup { path: path.into(), systemd, id: "c1".into(), origin: "/".into() }
+    }
+
+    #[test]
+    fn what_systemd_is_told_of_by_its_own_client_is_not_left_to_the_library() {
+        let text = json!({
+            "cpu": { "shares": 512, "cpus": "0-1", "mems": "0" },
+            "unified": { "cpuset.cpus": "1", "cpuset.mems": "1", "memory.high": "9" },
+        });
+        let mut resources = serde_json::from_value(text).unwrap();
+        let properties =
+            ["AllowedCPUs=0-1", "AllowedMemoryNodes=0", "AllowedCPUs=1", "AllowedMemoryNodes=1"].map(String::from);
+        assert_eq!(take_cpusets(&mut resources), properties);
+        let left = json!({ "cpu": { "shares": 512 }, "unified": { "memory.high": "9" } });
+        assert_eq!(serde_json::to_value(&resources).unwrap(), left);
+        assert_eq!(cgroup("machine.slice:katavm:c1", true).scope().as_deref(), Some("katavm-c1.scope"));
+        assert_eq!(cgroup("machine.slice::c1", true).scope().as_deref(), Some("c1.scope"));
+        assert_eq!(cgroup("/a/c1", false).scope(), None);
     }
 
     #[test]

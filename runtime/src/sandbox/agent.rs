@@ -1,5 +1,6 @@
 //! The agent's service, as a client.
 
+use std::collections::HashMap;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -8,7 +9,7 @@ pub use katavm_protocol::agent::Process as GuestProcess;
 use katavm_protocol::agent::{
     CheckRequest, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, CreateExecRequest,
     CreateSandboxRequest, Empty, Event, Exit, ProcessRequest, RemoveContainerRequest, ResizeTerminalRequest,
-    SetVolumeRequest, SignalRequest, StatsResponse, UpdateContainerRequest,
+    SetSysctlsRequest, SetVolumeRequest, SignalRequest, StatsResponse, UpdateContainerRequest,
 };
 use katavm_protocol::agent_ttrpc::AgentClient;
 use tokio::time::timeout;
@@ -107,6 +108,16 @@ impl Agent {
     /// Any [`AgentError`].
     pub async fn configure_network(&self, request: &ConfigureNetworkRequest) -> Result<(), AgentError> {
         within(PATIENCE, self.client.configure_network(deadline(PATIENCE), request)).await?;
+        Ok(())
+    }
+
+    /// Sets parameters of the guest's kernel (sysctl(8)).
+    ///
+    /// # Errors
+    /// Any [`AgentError`].
+    pub async fn set_sysctls(&self, sysctls: HashMap<String, String>) -> Result<(), AgentError> {
+        let request = SetSysctlsRequest { sysctls, ..Default::default() };
+        within(PATIENCE, self.client.set_sysctls(deadline(PATIENCE), &request)).await?;
         Ok(())
     }
 

@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use katavm_devices::balloon::Balloon;
 use katavm_devices::fs::{Fs, FsShare};
 use katavm_devices::net::Net;
 use katavm_devices::rng::Rng;
@@ -153,7 +154,8 @@ pub fn boot(boot: Boot) -> Result<Started, VmError> {
     let builder = Microvm::builder(config)
         .vsock(vsock)
         .fs(Fs::new(SHARED_TAG, boot.share).map_err(device("shared file system"))?)
-        .rng(Rng::new().map_err(device("entropy source"))?);
+        .rng(Rng::new().map_err(device("entropy source"))?)
+        .balloon(Balloon::new().map_err(device("memory balloon"))?);
     let vm = boot.nets.into_iter().fold(builder, MicrovmBuilder::net).build()?;
     if let Some(console) = boot.console {
         vm.console().mirror(std::fs::File::from(console));

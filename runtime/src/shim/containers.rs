@@ -18,6 +18,7 @@ use super::events::Events;
 use super::io::{self, Named};
 use super::logger::Logger;
 use super::rootfs;
+use super::sandbox::SharedFiles;
 use super::server::{First, Order};
 use crate::config::Bundle;
 use crate::hooks::{self, Point};
@@ -52,8 +53,8 @@ struct State {
     served: Option<Served>,
     /// Nothing more is made.
     closed: bool,
-    /// The pod begins with its sandbox and not with a container, and ends when that is told to.
-    has_sandbox: bool,
+    /// The pod begins with its sandbox and not with a container, and ends when that is told to. Containers get this of it.
+    sandbox: Option<SharedFiles>,
     /// By id.
     known: HashMap<String, Known>,
 }
@@ -140,7 +141,7 @@ impl Containers {
         let state = self.state();
         let in_use = state.known.values().any(|known| state.served.is_some() || matches!(known, Known::Made { .. }));
         // A sandbox is told by its own API.
-        let goes_on = in_use || state.has_sandbox;
+        let goes_on = in_use || state.sandbox.is_some();
         drop(state);
         if !goes_on {
             self.end(first);
@@ -154,16 +155,16 @@ impl Containers {
         self.end.send_replace(true);
     }
 
-    /// From now on the pod is made by [`Self::start_sandbox`].
+    /// From now on the pod is made by [`Self::start_sandbox`], and `files` are what its containers get of it.
     ///
     /// # Errors
     /// That a container has made it.
-    pub fn expect_sandbox(&self) -> Result<(), String> {
+    pub fn expect_sandbox(&self, files: SharedFiles) -> Result<(), String> {
         let mut state = self.state();
         if !state.known.is_empty() {
             return Err("this server has a pod already, which its first container has made".into());
         }
-        state.has_sandbox = true;
+        state.sandbox = Some(files);
         Ok(())
     }
 
@@ -262,8 +263,11 @@ impl Containers {
         let pod = self.create_in_pod(request, io).await?;
         let id = &request.id;
         let (container, process) = (pod.container(id)?, pod.process(id, "")?);
-        // Nothing of it goes before containerd says so.
-        container.keep();
+        // Nothing of it goes before containerd says so: after the death of a server it says so of each container, but for
+        // those of a sandbox.
+        if self.state().sandbox.is_none() {
+            container.keep();
+        }
         let record = container.record();
         let pid = record.pid;
         if let Err(error) = std::fs::write(record.bundle.join(PID_FILE), pid.to_string()) {
@@ -291,7 +295,7 @@ impl Containers {
             self.create_member(&served, request, io).await?;
             return Ok(served.pod);
         }
-        if self.state().has_sandbox {
+        if self.state().sandbox.is_some() {
             return Err(PodError::State("the sandbox is not started".into()));
         }
         let first = First::Container { request: Box::new(request.clone()), io };
@@ -314,7 +318,8 @@ impl Containers {
     /// Makes a further container, for which the sandbox process itself stands on the host.
     async fn create_member(&self, served: &Served, request: &CreateTaskRequest, io: Io) -> Result<(), PodError> {
         let (root, directory, request) = (self.root.clone(), served.directory.clone(), request.clone());
-        let plan = move || plan_member(&root, &directory, &request, io).map_err(std::io::Error::other);
+        let files = self.state().sandbox.clone();
+        let plan = move || plan_member(&root, &directory, &request, files.as_ref(), io).map_err(std::io::Error::other);
         let new = blocking(plan).await.map_err(|error| PodError::State(error.to_string()))?;
         served.pod.create(new).await.map(drop)
     }
@@ -533,10 +538,14 @@ fn plan_member(
     root: &StateRoot,
     directory: &ShortPath,
     request: &CreateTaskRequest,
+    files: Option<&SharedFiles>,
     io: Io,
 ) -> anyhow::Result<NewContainer> {
     let id = request.id.parse()?;
-    let bundle = Bundle::load(Path::new(&request.bundle))?;
+    let mut bundle = Bundle::load(Path::new(&request.bundle))?;
+    if let Some(files) = files {
+        files.give(&mut bundle.spec);
+    }
     for field in &bundle.unhonoured {
         log::warn!("{field}");
     }

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use katavm_devices::balloon::Balloon;
 use katavm_devices::fs::{ExportOptions, Fs, FsShare};
 use katavm_devices::net::Net;
 use katavm_devices::rng::Rng;
@@ -77,7 +78,7 @@ impl Guest {
         let (vsock, sockets) = Vsock::new(CID)?;
         let share = FsShare::new();
         let fs = Fs::new("katavm", share.clone())?;
-        let builder = Microvm::builder(config).vsock(vsock).fs(fs).rng(Rng::new()?);
+        let builder = Microvm::builder(config).vsock(vsock).fs(fs).rng(Rng::new()?).balloon(Balloon::new()?);
         let vm = nets.into_iter().fold(builder, MicrovmBuilder::net).build()?;
         let listener = sockets.listen(ports::READY)?;
         vm.start()?;

@@ -20,6 +20,7 @@ mod idmap;
 mod leftovers;
 mod limits;
 mod manifest;
+mod memory;
 mod network;
 mod oci;
 mod podman;
@@ -95,9 +96,13 @@ pub enum Boot {
 #[must_use]
 pub fn cases(boot: Boot, long: bool) -> Vec<Case> {
     let tables: &[&[Table]] = match boot {
-        Boot::Plain if long => {
-            &[FIRST, &[failing::LONG, files::LONG, hostile::LONG, survive::LONG], &run::LONG_TABLES, &run::TABLES, LAST]
-        }
+        Boot::Plain if long => &[
+            FIRST,
+            &[failing::LONG, files::LONG, hostile::LONG, survive::LONG, memory::LONG],
+            &run::LONG_TABLES,
+            &run::TABLES,
+            LAST,
+        ],
         Boot::Plain => &[FIRST, &run::TABLES, LAST],
         Boot::Engines => &[ENGINES],
         Boot::Containerd if long => &[&[shim::LONG], &containerd::LONG, CONTAINERD],
@@ -108,8 +113,16 @@ pub fn cases(boot: Boot, long: bool) -> Vec<Case> {
 }
 
 const FIRST: &[Table] = &[boot::CASES, agent::CASES, files::CASES, snapshot::CASES, network::CASES, traffic::CASES];
-const LAST: &[Table] =
-    &[oci::CASES, limits::CASES, idmap::CASES, failing::CASES, hostile::CASES, survive::CASES, user::CASES];
+const LAST: &[Table] = &[
+    oci::CASES,
+    limits::CASES,
+    memory::CASES,
+    idmap::CASES,
+    failing::CASES,
+    hostile::CASES,
+    survive::CASES,
+    user::CASES,
+];
 const ENGINES: &[Table] = &[podman::CASES, rootless::CASES, docker::CASES, crio::CASES, beside::CASES];
 const CONTAINERD: &[Table] = &[
     bootstrap::CASES,

@@ -9,6 +9,7 @@ use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
+use katavm_devices::balloon::Balloon;
 use katavm_devices::fs::{ExportOptions, Fs, FsShare};
 use katavm_devices::net::Net;
 use katavm_devices::rng::Rng;
@@ -90,6 +91,7 @@ fn build<P: AsRef<Path>, N: AsRef<str>>(
                 builder.fs(fs)
             }
             DeviceState::Rng(saved) => builder.rng(Rng::restore(saved)?),
+            DeviceState::Balloon(saved) => builder.balloon(Balloon::restore(saved)?),
             DeviceState::Net(saved) => builder.net(Net::restore(saved)?),
             DeviceState::Block(_) => bail!("this guest has no disk"),
         };

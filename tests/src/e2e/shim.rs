@@ -124,8 +124,10 @@ fn output<const MIB: u32>(context: &Context) -> Result<Verdict> {
 }
 
 /// What a server has in memory without the guest's RAM, in KiB, and its descriptors and mounts.
-const MEASURE: &str = "memory() { awk '/^Size:/ { ram = $2 >= 262144 } /^Pss:/ && !ram { sum += $2 } END { print sum }' /proc/$1/smaps; }
-         held() { echo $(ls /proc/$1/fd | wc -l) descriptors, $(wc -l </proc/$1/mountinfo) mounts, $(ls /proc/$1/task | wc -l) threads; }";
+const MEASURE: &str =
+    "memory() { awk '/^Size:/ { ram = $2 >= 262144 } /^Pss:/ && !ram { sum += $2 } END { print sum }' /proc/$1/smaps; }
+         held() { echo $(ls /proc/$1/fd | wc -l) descriptors, $(wc -l </proc/$1/mountinfo) mounts; }
+         threads() { ls /proc/$1/task | wc -l; }";
 
 fn twenty(context: &Context) -> Result<Verdict> {
     let text = format!(
@@ -145,12 +147,14 @@ fn cycles(context: &Context) -> Result<Verdict> {
         "{MEASURE}
          pod='--annotation io.kubernetes.cri.sandbox-id=c1'; run -d $pod $image c1 sleep 10000 </dev/null; pid=$(pgrep -x katavm-sandbox)
          cycles() {{ for n in $(seq $1); do run --rm $pod $image c2 true </dev/null; done; }}
-         cycles 20; sleep 1; held $pid >before; before=$(memory $pid)
+         cycles 20; sleep 1; held $pid >before; before=$(memory $pid); threads=$(threads $pid)
          cycles 200; sleep 1; held $pid >after; after=$(memory $pid); cat before after >&2; echo $before KiB, then $after KiB >&2
          cmp before after && echo nothing more; [ $((after - before)) -lt 1024 ] && echo no memory
+         # Idle ones of the pool of threads end after ten seconds.
+         until [ $(threads $pid) -le $threads ]; do sleep 1; done; echo no thread
          ctr task rm -f c1 >p 2>&1; ctr container rm c1; gone"
     );
-    clean(context, &text, &["nothing more", "no memory"])
+    clean(context, &text, &["nothing more", "no memory", "no thread"])
 }
 
 /// Kills of the server, of containerd and of the guest's kernel. What containerd says of a container is right within ten

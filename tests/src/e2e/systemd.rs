@@ -28,7 +28,7 @@ fn missing() -> Option<Verdict> {
 /// Where a scope is, what is set in it, and whether it is there.
 const HELPERS: &str = "
     in_scope() { for pid in $1 $(pgrep -x katavm-sandbox); do cut -d: -f3 /proc/$pid/cgroup; done | uniq; }
-    limits() { (cd /sys/fs/cgroup$1; cat memory.max cpu.weight io.max); }
+    limits() { (cd /sys/fs/cgroup$1; cat memory.max cpu.weight io.max cpuset.cpus cpuset.mems); }
     gone() { until ! systemctl is-active -q $1; do :; done; systemctl show -P LoadState $1; }\n";
 
 fn scope(context: &Context) -> Result<Verdict> {
@@ -39,7 +39,7 @@ fn scope(context: &Context) -> Result<Verdict> {
     bundle(context, &["sh", "-c", "trap 'exit 4' TERM; echo up; while :; do sleep 1; done"], |config| {
         config["linux"]["cgroupsPath"] = json!("machine.slice:katavm:c1");
         config["linux"]["resources"] = json!({
-            "memory": { "limit": 128 << 20 }, "cpu": { "shares": 512 },
+            "memory": { "limit": 128 << 20 }, "cpu": { "shares": 512, "cpus": "0", "mems": "0" },
             "blockIO": { "throttleWriteBpsDevice": loop_device },
         });
     })?;
@@ -50,6 +50,7 @@ fn scope(context: &Context) -> Result<Verdict> {
             "{HELPERS}
              katavm --systemd-cgroup create --pid-file pid c1 </dev/null >out 2>&1; katavm start c1
              in_scope $(cat pid); limits /machine.slice/katavm-c1.scope; katavm exec c1 uname -r
+             katavm update --cpuset-cpus 0-1 c1; systemctl show -P AllowedCPUs katavm-c1.scope
              katavm delete --force c1; gone katavm-c1.scope
              katavm --systemd-cgroup run -d --pid-file pid c1 </dev/null >out 2>&1
              pkill -KILL -x 'katavm-sandbox|katavm-watcher'; while [ -e /proc/$(cat pid) ]; do :; done
@@ -68,7 +69,10 @@ fn scope(context: &Context) -> Result<Verdict> {
         "355467264",
         "59",
         "7:0 rbps=max wbps=1048576 riops=max wiops=max",
+        "0",
+        "0",
         &kernel,
+        "0-1",
         "not-found",
         "not-found",
         "not-found",
@@ -91,7 +95,7 @@ fn podman_scopes(context: &Context) -> Result<Verdict> {
         &format!(
             "{HELPERS}
              podman info --format '{{{{.Host.CgroupManager}}}}'
-             podman run -d --name w --network none --memory 100m --cpus 1 --cpu-shares 512 bb \\
+             podman run -d --name w --network none --memory 100m --cpus 1 --cpu-shares 512 --cpuset-cpus 1 bb \\
                  sh -c 'trap \"exit 3\" TERM; while :; do sleep 1; done' >id
              group=/machine.slice/libpod-$(cat id).scope; in_scope $(podman inspect w --format '{{{{.State.Pid}}}}') >group
              [ \"$(cat group)\" = $group ] && limits $group
@@ -102,9 +106,24 @@ fn podman_scopes(context: &Context) -> Result<Verdict> {
         ),
     )?;
     let kernel = context.kernel_release()?;
-    // No line of its own for io.max: nothing is set.
-    let lines =
-        ["systemd", "325058560", "59", &kernel, "104857600", "w", "w", "3", "not-found", "w", "137", "w", "not-found"];
+    // No line of its own for io.max, an empty one for the memory nodes: nothing is set.
+    let lines = [
+        "systemd",
+        "325058560",
+        "59",
+        "1",
+        "",
+        &kernel,
+        "104857600",
+        "w",
+        "w",
+        "3",
+        "not-found",
+        "w",
+        "137",
+        "w",
+        "not-found",
+    ];
     expect(&output, &lines)?;
     traces.expect_nothing_of_katavm()?;
     Ok(Verdict::Passed)

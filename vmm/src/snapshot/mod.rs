@@ -8,6 +8,7 @@ mod vm;
 
 use std::io;
 
+use katavm_devices::balloon::BalloonState;
 use katavm_devices::block::BlockState;
 use katavm_devices::fs::FsState;
 use katavm_devices::legacy::{SerialError, SerialState};
@@ -68,6 +69,8 @@ pub enum DeviceState {
     Block(BlockState),
     /// The entropy source.
     Rng(RngState),
+    /// The memory balloon.
+    Balloon(BalloonState),
     /// A network interface.
     Net(NetState),
 }

@@ -26,6 +26,11 @@ impl<'m> Buffers<'m> {
         Self { pieces, consumed: 0 }
     }
 
+    /// The pieces that are left, in order.
+    pub fn pieces(&self) -> impl Iterator<Item = &VolatileSlice<'m>> {
+        self.pieces.iter()
+    }
+
     /// Bytes left.
     #[must_use]
     pub fn remaining(&self) -> usize {

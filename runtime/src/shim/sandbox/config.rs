@@ -12,13 +12,20 @@ use protobuf::well_known_types::empty::Empty;
 use protobuf::{Message as _, UnknownFields, UnknownValueRef};
 use serde_json::{Value, json};
 
+use super::shared::{Dns, Shared};
+
 /// The message's type, in `CreateSandboxRequest.options`.
 const TYPE: &str = "runtime.v1.PodSandboxConfig";
 // Numbers of fields in k8s.io/cri-api, pkg/apis/runtime/v1/api.proto.
 const HOSTNAME: u32 = 2;
+const DNS: u32 = 4;
+const DNS_SERVERS: u32 = 1;
+const DNS_SEARCHES: u32 = 2;
+const DNS_OPTIONS: u32 = 3;
 const LINUX: u32 = 8;
 const LINUX_CGROUP_PARENT: u32 = 1;
 const LINUX_SECURITY_CONTEXT: u32 = 2;
+const LINUX_SYSCTLS: u32 = 3;
 const LINUX_RESOURCES: u32 = 5;
 const SECURITY_NAMESPACE_OPTIONS: u32 = 1;
 const NAMESPACE_NETWORK: u32 = 1;
@@ -26,6 +33,9 @@ const RESOURCES_CPU_PERIOD: u32 = 1;
 const RESOURCES_CPU_QUOTA: u32 = 2;
 const RESOURCES_CPU_SHARES: u32 = 3;
 const RESOURCES_MEMORY_LIMIT: u32 = 4;
+// Of an entry of a map (Protocol Buffers, "Encoding").
+const MAP_KEY: u32 = 1;
+const MAP_VALUE: u32 = 2;
 /// `NamespaceMode.NODE`
 const NODE: u64 = 2;
 
@@ -53,6 +63,8 @@ pub struct SandboxConfig {
     pub spec: Spec,
     /// systemd makes its control group.
     pub systemd_cgroup: bool,
+    /// What its containers get from it.
+    pub shared: Shared,
 }
 
 /// Reads what was asked for.
@@ -81,11 +93,17 @@ pub fn read(request: &CreateSandboxRequest) -> Result<SandboxConfig, ConfigError
         "linux": {
             "namespaces": [network, { "type": "ipc" }, { "type": "uts" }, { "type": "pid" }],
             "resources": resources(&linux.message(LINUX_RESOURCES)?),
+            "sysctl": linux.map(LINUX_SYSCTLS)?,
         },
     });
-    if let Some(hostname) = config.text(HOSTNAME) {
-        spec["hostname"] = hostname.into();
+    let hostname = config.text(HOSTNAME).filter(|hostname| !hostname.is_empty());
+    if let Some(hostname) = &hostname {
+        spec["hostname"] = hostname.clone().into();
     }
+    let dns = config.message(DNS)?;
+    let dns =
+        Dns { servers: dns.texts(DNS_SERVERS), searches: dns.texts(DNS_SEARCHES), options: dns.texts(DNS_OPTIONS) };
+    let shared = Shared { hostname, dns };
     let parent = linux.text(LINUX_CGROUP_PARENT).filter(|parent| !parent.is_empty());
     let slice = parent.as_deref().and_then(|parent| parent.rsplit('/').next()).filter(|name| name.ends_with(".slice"));
     // As the CRI plugin has those of the containers.
@@ -97,7 +115,7 @@ pub fn read(request: &CreateSandboxRequest) -> Result<SandboxConfig, ConfigError
     if let Some(path) = path {
         spec["linux"]["cgroupsPath"] = path.into();
     }
-    Ok(SandboxConfig { spec: serde_json::from_value(spec)?, systemd_cgroup: slice.is_some() })
+    Ok(SandboxConfig { spec: serde_json::from_value(spec)?, systemd_cgroup: slice.is_some(), shared })
 }
 
 /// The limits of the whole pod.
@@ -138,7 +156,27 @@ impl Fields {
     }
 
     fn text(&self, field: u32) -> Option<String> {
-        self.bytes(field).map(|bytes| String::from_utf8_lossy(bytes).into_owned())
+        self.bytes(field).map(text_of)
+    }
+
+    /// Of a field that may be there several times.
+    fn all(&self, field: u32) -> impl Iterator<Item = &[u8]> {
+        self.0.iter().filter_map(move |found| match found {
+            (number, UnknownValueRef::LengthDelimited(bytes)) if number == field => Some(bytes),
+            _ => None,
+        })
+    }
+
+    fn texts(&self, field: u32) -> Vec<String> {
+        self.all(field).map(text_of).collect()
+    }
+
+    fn map(&self, field: u32) -> protobuf::Result<HashMap<String, String>> {
+        let entries = self.all(field).map(|entry| {
+            let entry = Self::of(Some(entry))?;
+            Ok((entry.text(MAP_KEY).unwrap_or_default(), entry.text(MAP_VALUE).unwrap_or_default()))
+        });
+        entries.collect()
     }
 
     fn number(&self, field: u32) -> Option<u64> {
@@ -147,6 +185,10 @@ impl Fields {
             _ => None,
         }
     }
+}
+
+fn text_of(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
 }
 
 #[cfg(test)]
@@ -200,6 +242,19 @@ mod tests {
         assert!(config.systemd_cgroup);
         let spec = serde_json::to_value(config.spec).unwrap();
         assert_eq!(spec["linux"]["cgroupsPath"], "kubepods-pod1.slice:cri-containerd:pod");
+    }
+
+    #[test]
+    fn what_containers_get_is_read() {
+        let dns = [bytes(1, b"10.0.0.1"), bytes(1, b"::1"), bytes(2, b"a"), bytes(3, b"ndots:5")].concat();
+        let linux = bytes(3, &[bytes(1, b"net.core.somaxconn"), bytes(2, b"7")].concat());
+        let config = read(&request([bytes(2, b"web"), bytes(4, &dns), bytes(8, &linux)].concat())).unwrap();
+        let shared = config.shared;
+        assert_eq!(shared.hostname.as_deref(), Some("web"));
+        assert_eq!(shared.dns.servers, ["10.0.0.1", "::1"]);
+        assert_eq!((shared.dns.searches, shared.dns.options), (vec!["a".to_owned()], vec!["ndots:5".to_owned()]));
+        let spec = serde_json::to_value(config.spec).unwrap();
+        assert_eq!(spec["linux"]["sysctl"], json!({ "net.core.somaxconn": "7" }));
     }
 
     #[test]

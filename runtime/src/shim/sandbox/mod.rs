@@ -4,6 +4,7 @@
 //! by the Task API on the same socket.
 
 mod config;
+mod shared;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -29,6 +30,7 @@ use super::service::ShimService;
 use crate::host;
 use crate::service::{timestamp, to_its_end};
 pub use config::SandboxConfig;
+pub use shared::SharedFiles;
 
 /// How the CRI plugin names what a sandbox can be in.
 const READY: &str = "SANDBOX_READY";
@@ -103,10 +105,17 @@ impl Sandbox for SandboxService {
         if let Some(known) = known.as_ref() {
             return Err(error(Code::ALREADY_EXISTS, format!("this server has the sandbox {} already", known.id)));
         }
-        self.tasks.containers().expect_sandbox().map_err(|e| error(Code::FAILED_PRECONDITION, e))?;
+        let bundle = PathBuf::from(request.bundle_path);
+        if !bundle.is_absolute() {
+            return Err(error(Code::INVALID_ARGUMENT, format!("the bundle {bundle:?} is no absolute path")));
+        }
+        let shared = config.shared.make(&bundle);
+        let shared =
+            shared.map_err(|e| error(Code::UNKNOWN, format!("cannot make what the pod's containers share: {e}")))?;
+        self.tasks.containers().expect_sandbox(shared).map_err(|e| error(Code::FAILED_PRECONDITION, e))?;
         *known = Some(Known {
             id: request.sandbox_id,
-            bundle: request.bundle_path.into(),
+            bundle,
             config: Arc::new(config),
             created_ns: host::now_ns(),
             pid: 0,

@@ -21,7 +21,7 @@ use anyhow::Result;
 
 use super::leftovers::Traces;
 use super::{Context, Table, Verdict};
-pub use node::{Flavour, Node};
+pub use node::{Flavour, Node, until};
 pub use pod::Pod;
 
 /// The table.
@@ -56,10 +56,14 @@ pub const CASES: Table = (
 pub const SANDBOXER: Table = (
     "cri-sandboxer",
     &[
+        ("a_pod_from_the_first_call_to_the_last", |context| by_sandboxer(context, life::whole)),
         ("stopped_and_removed_in_any_order", |context| by_sandboxer(context, life::any_order)),
+        ("containers_see_each_other_on_localhost", |context| by_sandboxer(context, together::localhost)),
         ("commands_have_their_streams", |context| by_sandboxer(context, streams::exec)),
         ("a_pod_has_the_size_of_its_containers", |context| by_sandboxer(context, limits::size)),
+        ("security_contexts_are_honoured", |context| by_sandboxer(context, security::contexts)),
         ("a_port_is_forwarded", |context| by_sandboxer(context, network::forwarded)),
+        ("a_killed_server_is_noticed_and_nothing_stays", |context| by_sandboxer(context, killed::server)),
     ],
 );
 

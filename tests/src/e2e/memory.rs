@@ -1,0 +1,95 @@
+//! Memory that a guest has no use for goes back to the host.
+
+use anyhow::{Context as _, Result, ensure};
+
+use super::agent::whole_rootfs;
+use super::cri::until;
+use super::guest::Guest;
+use super::leftovers::Traces;
+use super::run::bundle;
+use super::shell::script;
+use super::{Context, Table, Verdict};
+
+/// The table.
+pub const CASES: Table = (
+    "memory",
+    &[
+        ("the_balloon_is_filled_and_lets_go_when_memory_is_short", balloon),
+        ("what_is_freed_goes_back_to_the_host", freed),
+        ("what_was_read_goes_back_when_the_container_is_at_rest", at_rest),
+    ],
+);
+
+/// For `katavm-e2e --long`: the same with a GiB.
+pub const LONG: Table = (
+    "memory-long",
+    &[
+        ("a_gib_that_is_freed_goes_back_to_the_host", |context| goes_back(context, 1024, ALLOCATE)),
+        ("a_gib_that_was_read_goes_back_when_the_container_is_at_rest", |context| goes_back(context, 1024, READ)),
+    ],
+);
+
+/// Has so many MiB of memory at once, and frees them.
+const ALLOCATE: &str = "head -c $((SIZE + 1))m /dev/zero | tail -c ${SIZE}m >/dev/null";
+/// Reads a file of so many MiB.
+const READ: &str = "cat /data >/dev/null";
+
+fn balloon(context: &Context) -> Result<Verdict> {
+    let rootfs = whole_rootfs(context)?;
+    let guest = Guest::boot(context, |config| config.memory_mib = 160)?;
+    guest.sandbox()?;
+    // More than is left beside the balloon.
+    guest.vm.set_balloon(60)?;
+    until("the balloon is not filled", || Ok(guest.vm.balloon_mib()? >= 60))?;
+    let hungry = "head -c 75m /dev/zero | tail -c 70m | wc -c";
+    let output = guest.run("hungry", &rootfs, &["sh", "-c", hungry])?;
+    ensure!(output.stdout == b"73400320\n", "{:?}", String::from_utf8_lossy(&output.stdout));
+    let held = guest.vm.balloon_mib()?;
+    ensure!(held < 60, "the balloon has let go of nothing: {held} MiB");
+    println!("  {held} MiB of 60 are left in the balloon");
+    guest.vm.set_balloon(0)?;
+    until("the balloon is not empty", || Ok(guest.vm.balloon_mib()? == 0))?;
+    guest.end()?;
+    Ok(Verdict::Passed)
+}
+
+fn freed(context: &Context) -> Result<Verdict> {
+    goes_back(context, 192, ALLOCATE)
+}
+
+fn at_rest(context: &Context) -> Result<Verdict> {
+    goes_back(context, 192, READ)
+}
+
+/// Has a container use `mib` MiB by `work`: nine tenths of what its sandbox has more for that go back to the host.
+fn goes_back(context: &Context, mib: u64, work: &str) -> Result<Verdict> {
+    whole_rootfs(context)?;
+    bundle(context, &["sleep", "100000"], |_| ())?;
+    let traces = Traces::of(context.scratch());
+    let memory = mib * 5 / 4 + 256;
+    let output = script(
+        context,
+        &format!(
+            "export SIZE={mib}; truncate -s {mib}M rootfs/data
+             katavm run -d --memory {memory} c1 </dev/null >out 2>&1
+             sandbox=$(pgrep -x katavm-sandbox)
+             used() {{ awk '/^RssAnon/ {{ print $2 }}' /proc/$sandbox/status; }}
+             sleep 1; before=$(used); most=0; now=0
+             katavm exec -e SIZE=$SIZE c1 sh -c '{work}' </dev/null >/dev/null & exec=$!
+             look() {{ now=$(used); if [ $now -gt $most ]; then most=$now; fi; }}
+             while kill -0 $exec 2>/dev/null; do look; sleep 0.1; done; wait $exec
+             look; SECONDS=0
+             until [ $now -le $((before + (most - before) / 10)) ] || [ $SECONDS -gt 180 ]; do sleep 0.5; look; done
+             echo $before $most $now $SECONDS
+             katavm delete --force c1; rm rootfs/data"
+        ),
+    )?;
+    let numbers: Vec<u64> = output.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
+    let &[before, most, after, seconds] = &*numbers else { anyhow::bail!("{output:?}") };
+    println!("  {before} KiB before, {most} at most, {after} {seconds} s later");
+    let used = most.checked_sub(before).context("it used no memory")?;
+    ensure!(used > mib * 1024 * 4 / 5, "it did not use the memory: {output}");
+    ensure!(after.saturating_sub(before) <= used / 10, "it was not given back: {output}");
+    traces.expect_nothing_new()?;
+    Ok(Verdict::Passed)
+}
