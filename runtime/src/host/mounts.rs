@@ -150,7 +150,7 @@ pub fn clone_tree(path: &Path) -> io::Result<OwnedFd> {
 pub fn private_copy(root: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
     let copy = open_tree(root, c"", flags)?;
-    let attributes = libc::mount_attr { attr_set: 0, attr_clr: 0, propagation: libc::MS_PRIVATE.into(), userns_fd: 0 };
+    let attributes = libc::mount_attr { attr_set: 0, attr_clr: 0, propagation: libc::MS_PRIVATE, userns_fd: 0 };
     set_attributes(&copy, &attributes, false)?;
     Ok(copy)
 }
