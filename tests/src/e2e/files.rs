@@ -26,7 +26,7 @@ const FOLDER: &str = "/tried";
 /// Of the table's cases, one in so many is tried in a short run: others with each caller, operation and kind of file.
 const STEP: &str = "7";
 /// Of random operations in a file, in seconds; there are two files at a time.
-const SHORT_TIME: u64 = 20;
+const SHORT_TIME: u64 = 8;
 const LONG_TIME: u64 = 3600;
 
 /// A root file system with this program and the libraries that it has loaded.

@@ -16,6 +16,8 @@ pub const GROUP: u32 = 2000;
 
 /// What came of it.
 pub type Outcome = Result<String, Errno>;
+/// An operation by its name.
+type Named = (&'static str, fn() -> Outcome);
 
 /// One operation.
 pub struct Operation {
@@ -152,7 +154,7 @@ fn number(value: u64) -> String {
 
 const NAME: &str = "user.note";
 
-const PLAIN: &[(&str, fn() -> Outcome)] = &[
+const PLAIN: &[Named] = &[
     ("stat", || describe(AtFlags::empty())),
     ("stat of a link", || describe(AtFlags::SYMLINK_NOFOLLOW)),
     ("stat with a slash", || {
@@ -269,7 +271,7 @@ const PLAIN: &[(&str, fn() -> Outcome)] = &[
     ("rename with no such flag", || renamed_with("in/new", RenameFlags::from_bits_retain(1 << 10))),
 ];
 
-const WITH_OTHERS: &[(&str, fn() -> Outcome)] = &[
+const WITH_OTHERS: &[Named] = &[
     ("rename", || renamed("in/new")),
     ("rename over a file", || renamed("in/file")),
     ("rename over an empty directory", || renamed("in/empty")),

@@ -11,9 +11,11 @@ use super::operations::USER;
 
 /// Makes a file at the path.
 type Make = fn(&Path) -> Result<()>;
+/// A kind of file: its name, the mode of the folder that it is in, and what makes it.
+pub type Subject = (&'static str, u32, Make);
 
 /// Kinds of files: name, permissions of the directory, maker.
-pub const SUBJECTS: &[(&str, u32, Make)] = &[
+pub const SUBJECTS: &[Subject] = &[
     ("nothing", 0o777, |_| Ok(())),
     ("a file", 0o777, |at| file(at, 0, 0o644)),
     ("an own file", 0o777, |at| file(at, USER, 0o640)),
@@ -69,7 +71,7 @@ pub const BEFORE: i64 = 1_000_000;
 ///
 /// # Errors
 /// When anything cannot be made.
-pub fn prepare((_, permissions, make): &(&str, u32, Make), with_others: bool) -> Result<()> {
+pub fn prepare((_, permissions, make): &Subject, with_others: bool) -> Result<()> {
     let directory_of = Path::new("in");
     fs::create_dir(directory_of)?;
     make(&directory_of.join("t"))?;

@@ -13,7 +13,7 @@ use rustix::process::{chdir, umask};
 use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 
 use super::operations::{self, GROUP, Operation, Outcome, USER};
-use super::subjects::{self, BEFORE, SUBJECTS};
+use super::subjects::{self, BEFORE, SUBJECTS, Subject};
 
 const CALLERS: [(&str, bool); 2] = [("root", true), ("user", false)];
 
@@ -43,12 +43,7 @@ pub fn run(folder: &Path, step: usize, out: &mut dyn Write) -> Result<()> {
     Ok(())
 }
 
-fn one(
-    folder: &Path,
-    subject: &(&str, u32, fn(&Path) -> Result<()>),
-    operation: &Operation,
-    is_root: bool,
-) -> Result<String> {
+fn one(folder: &Path, subject: &Subject, operation: &Operation, is_root: bool) -> Result<String> {
     let case = folder.join("case");
     fs::create_dir(&case)?;
     fs::set_permissions(&case, PermissionsExt::from_mode(0o755))?;
