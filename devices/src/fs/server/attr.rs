@@ -141,6 +141,13 @@ impl Server {
         let valid = SetattrValid::from_bits_truncate(set.valid);
         let node = self.node(request.header.nodeid)?;
         node.writable()?;
+        let (uid, gid) = (request.header.uid, request.header.gid);
+        if is_of_nothing(valid) {
+            // What is left of a change that clears set-id bits (chown(2) to nobody else, fallocate(2)): with
+            // FUSE_HANDLE_KILLPRIV_V2 the guest leaves that to its server, and has nothing else to say.
+            let clear = || rustix::fs::chownat(&node, c"", None, None, AtFlags::EMPTY_PATH);
+            if uid == 0 { clear()? } else { without_fsetid(gid, clear)? }
+        }
         // The owner first: a change of it clears set-id bits, which a new mode may set again.
         if valid.intersects(SetattrValid::UID | SetattrValid::GID) {
             let uid = valid.contains(SetattrValid::UID).then(|| id(set.uid)).transpose()?.map(Uid::from_raw);
@@ -153,7 +160,7 @@ impl Server {
         }
         if valid.contains(SetattrValid::SIZE) {
             let truncate = || self.truncate(&node, valid.contains(SetattrValid::FH).then_some(set.fh), set.size);
-            if valid.contains(SetattrValid::KILL_SUIDGID) { without_fsetid(truncate)? } else { truncate()? }
+            if valid.contains(SetattrValid::KILL_SUIDGID) { without_fsetid(gid, truncate)? } else { truncate()? }
         }
         if valid.intersects(SetattrValid::ATIME | SetattrValid::MTIME) {
             let (atime, mtime) = (valid.contains(SetattrValid::ATIME), valid.contains(SetattrValid::MTIME));
@@ -176,6 +183,11 @@ impl Server {
         let file: OwnedFd = self.open_regular(node, OFlags::WRONLY)?;
         rustix::fs::ftruncate(file, size)
     }
+}
+
+/// Whether a request says nothing of what is to change.
+fn is_of_nothing(valid: SetattrValid) -> bool {
+    (valid - SetattrValid::FH - SetattrValid::LOCK_OWNER).is_empty()
 }
 
 /// An id that exists: -1 means "no change" to the host.

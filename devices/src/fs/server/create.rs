@@ -67,7 +67,7 @@ impl Server {
     pub(super) fn open(&self, request: &mut Request<'_>, out: &mut Buffers<'_>) -> Result<(), Errno> {
         let open: OpenIn = request.read()?;
         let node = self.node(request.header.nodeid)?;
-        let reply = self.open_node(&node, host_flags(open.flags)?, open.open_flags)?;
+        let reply = self.open_node(&node, host_flags(open.flags)?, kill_for(open.open_flags, request))?;
         put(out, &reply)
     }
 
@@ -82,13 +82,15 @@ impl Server {
         put(out, &OpenOut { fh, ..OpenOut::default() })
     }
 
-    fn open_node(&self, node: &Held, flags: OFlags, open_flags: u32) -> Result<OpenOut, Errno> {
+    fn open_node(&self, node: &Held, flags: OFlags, kill_for: Option<u32>) -> Result<OpenOut, Errno> {
         if changes(flags) {
             node.writable()?;
         }
         let act = || self.open_regular(node, flags);
-        let kill = flags.contains(OFlags::TRUNC) && open_flags & wire::OPEN_KILL_SUIDGID != 0;
-        let file = if kill { without_fsetid(act)? } else { act()? };
+        let file = match kill_for.filter(|_| flags.contains(OFlags::TRUNC)) {
+            Some(gid) => without_fsetid(gid, act)?,
+            None => act()?,
+        };
         // Close-to-open consistency: the guest keeps the pages it has only if the file is as it last was told.
         let unchanged = node.tell(&lookup::stat(&file)?);
         self.reply_open(node, file, flags, unchanged)
@@ -111,6 +113,7 @@ impl Server {
         let parent = self.directory_to_change(request.header.nodeid)?;
         let name = request.rest(NAME_ROOM)?;
         let name = names::only(&name)?;
+        let kill_for = kill_for(create.open_flags, request);
         let exclusive = OFlags::from_bits_retain(create.flags).contains(OFlags::EXCL);
         let mode = Mode::from_bits_retain(create.mode & 0o7777);
         let make = OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC | flags & OFlags::ACCMODE;
@@ -122,7 +125,7 @@ impl Server {
                 Err(error) => return Err(error),
             }
             match self.lookup_child(&parent, name) {
-                Ok((node, stat)) => return self.reply_existing(&node, &stat, flags, create.open_flags, out),
+                Ok((node, stat)) => return self.reply_existing(&node, &stat, flags, kill_for, out),
                 Err(Errno::NOENT) => {}
                 Err(error) => return Err(error),
             }
@@ -135,11 +138,11 @@ impl Server {
         node: &Held,
         stat: &Statx,
         flags: OFlags,
-        open_flags: u32,
+        kill_for: Option<u32>,
         out: &mut Buffers<'_>,
     ) -> Result<(), Errno> {
         let entry = self.entry(node, stat);
-        match self.open_node(node, flags, open_flags) {
+        match self.open_node(node, flags, kill_for) {
             Ok(open) => {
                 put(out, &entry)?;
                 put(out, &open)
@@ -189,4 +192,9 @@ impl Server {
             }
         }
     }
+}
+
+/// The group of a caller for whom set-id bits go when a file is cut off.
+fn kill_for(open_flags: u32, request: &Request<'_>) -> Option<u32> {
+    (open_flags & wire::OPEN_KILL_SUIDGID != 0).then_some(request.header.gid)
 }

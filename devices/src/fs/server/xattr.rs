@@ -53,7 +53,11 @@ impl Server {
             return Err(Errno::INVAL);
         }
         let act = || rustix::fs::setxattr(path(&node), name, value, XattrFlags::from_bits_retain(set.flags));
-        if extension.setxattr_flags & SETXATTR_ACL_KILL_SGID != 0 { without_fsetid(act) } else { act() }
+        if extension.setxattr_flags & SETXATTR_ACL_KILL_SGID != 0 {
+            without_fsetid(request.header.gid, act)
+        } else {
+            act()
+        }
     }
 
     pub(super) fn removexattr(&self, request: &mut Request<'_>, _out: &mut Buffers<'_>) -> Result<(), Errno> {
