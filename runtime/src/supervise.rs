@@ -23,6 +23,7 @@ use crate::pod::{Io, Network, NewContainer, Phase, Pod, PodError, Process};
 use crate::process::signals::{Listening, Received, Signals};
 use crate::sandbox::agent::AgentError;
 use crate::sandbox::plan::Plan;
+use crate::sandbox::share::file_server;
 use crate::sandbox::vm::{self, Boot, ReadyPort, Started};
 use crate::sandbox::{Sandbox, SandboxError, blocking, probe};
 use crate::service;
@@ -130,7 +131,7 @@ pub fn supervise(launch: &Launch, outside: Outside, mode: Mode, timings: &mut Ti
 /// Those of [`supervise`].
 pub async fn attend(launch: &Launch, outside: Outside, mode: Mode, timings: &mut Timings) -> anyhow::Result<Exit> {
     let mut mode = Some(mode);
-    let share = FsShare::new();
+    let share = file_server();
     let outcome = match boot(launch, &outside, share.clone()) {
         Ok((started, network, user_network)) => {
             let work = Work { launch, share, user_network, mode: &mut mode, end: None, timings };

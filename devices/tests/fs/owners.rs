@@ -76,6 +76,23 @@ fn chown_and_set_id_bits() {
     let open = Msg::new().u32((libc::O_WRONLY | libc::O_TRUNC).cast_unsigned()).u32(1);
     guest.call(14, entry.node, open).unwrap();
     assert_eq!(mode(&file), 0o755, "FUSE_OPEN_KILL_SUIDGID");
+    // What the guest has left of a chown to nobody else, and of what comes before fallocate.
+    for uid in [1000, 0] {
+        guest.uid = uid;
+        suid(&file);
+        guest.call(4, entry.node, set(1 << 10, 0, 0)).unwrap();
+        assert_eq!(mode(&file), 0o6755, "another change");
+        guest.call(4, entry.node, set(0, 0, 0)).unwrap();
+        assert_eq!(mode(&file), 0o755, "nothing to change, by {uid}");
+    }
+    // A set-group-ID bit without the group's right to execute says something else (inode(7)), to a member of the group.
+    for (gid, expected) in [(20, 0o2745), (30, 0o745)] {
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o6745)).unwrap();
+        (guest.uid, guest.gid) = (10, gid);
+        guest.write_with(entry.node, fh, 0, b"x", 4, 0).unwrap();
+        assert_eq!(mode(&file), expected, "group {gid}");
+    }
+    (guest.uid, guest.gid) = (0, 0);
     // And the thread has its capability back.
     suid(&file);
     guest.write(entry.node, fh, 0, b"x").unwrap();

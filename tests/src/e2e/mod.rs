@@ -14,6 +14,7 @@ mod crio;
 mod disk;
 mod docker;
 mod failing;
+mod files;
 mod guest;
 mod hostile;
 mod idmap;
@@ -98,7 +99,7 @@ pub fn cases(boot: Boot, long: bool) -> Vec<Case> {
     let tables: &[&[Table]] = match boot {
         Boot::Plain if long => &[
             FIRST,
-            &[failing::LONG, hostile::LONG, survive::LONG, memory::LONG],
+            &[failing::LONG, files::LONG, hostile::LONG, survive::LONG, memory::LONG],
             &run::LONG_TABLES,
             &run::TABLES,
             LAST,
@@ -112,7 +113,8 @@ pub fn cases(boot: Boot, long: bool) -> Vec<Case> {
     tables.iter().copied().flatten().flat_map(rows).collect()
 }
 
-const FIRST: &[Table] = &[boot::CASES, agent::CASES, snapshot::CASES, network::CASES, traffic::CASES, disk::CASES];
+const FIRST: &[Table] =
+    &[boot::CASES, agent::CASES, files::CASES, disk::CASES, snapshot::CASES, network::CASES, traffic::CASES];
 const LAST: &[Table] = &[
     oci::CASES,
     limits::CASES,
