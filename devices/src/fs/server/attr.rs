@@ -142,9 +142,9 @@ impl Server {
         let node = self.node(request.header.nodeid)?;
         node.writable()?;
         let (uid, gid) = (request.header.uid, request.header.gid);
-        if is_of_nothing(valid) {
-            // What is left of a change that clears set-id bits (chown(2) to nobody else, fallocate(2)): with
-            // FUSE_HANDLE_KILLPRIV_V2 the guest leaves that to its server, and has nothing else to say.
+        if is_of_nothing(valid) && (uid == 0 || uid == node_owner(&node)?) {
+            // What is left of a chown(2) to nobody else, by who may: with FUSE_HANDLE_KILLPRIV_V2 the guest leaves it to its
+            // server to clear set-id bits, and has nothing else to say. It says the same before fallocate(2), of any caller.
             let clear = || rustix::fs::chownat(&node, c"", None, None, AtFlags::EMPTY_PATH);
             if uid == 0 { clear()? } else { without_fsetid(gid, clear)? }
         }
@@ -183,6 +183,10 @@ impl Server {
         let file: OwnedFd = self.open_regular(node, OFlags::WRONLY)?;
         rustix::fs::ftruncate(file, size)
     }
+}
+
+fn node_owner(node: &Held) -> Result<u32, Errno> {
+    Ok(lookup::stat(node)?.stx_uid)
 }
 
 /// Whether a request says nothing of what is to change.

@@ -104,7 +104,10 @@ impl Server {
         handle.node.writable()?;
         let (start, len) = (offset(fallocate.offset)?, offset(fallocate.length)?);
         let mode = FallocateFlags::from_bits_retain(fallocate.mode);
-        rustix::fs::fallocate(&handle.file, mode, start.cast_unsigned(), len.cast_unsigned())
+        let act = || rustix::fs::fallocate(&handle.file, mode, start.cast_unsigned(), len.cast_unsigned());
+        // Unlike a write, it does not say whether the caller could keep such bits.
+        let kill = request.header.uid != 0 && has_set_id_bits(&handle.file)?;
+        if kill { without_fsetid(request.header.gid, act) } else { act() }
     }
 
     pub(super) fn lseek(&self, request: &mut Request<'_>, out: &mut Buffers<'_>) -> Result<(), Errno> {
