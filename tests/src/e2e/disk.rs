@@ -225,12 +225,13 @@ pub(super) fn work(device: &str) -> String {
     )
 }
 
-/// Ends the work, in which nothing may have been wrong.
-pub(super) fn finish(guest: &Guest, work: Running) -> Result<()> {
+/// Ends all work, in which nothing may have been wrong.
+pub(super) fn finish(guest: &Guest, works: impl IntoIterator<Item = Running>) -> Result<()> {
     run(guest, "stop", "touch /dev/stop")?;
-    let (output, exit) = work.wait(guest)?;
-    ensure!(exit.status == 0, "the work: {}, {}", exit.status, String::from_utf8_lossy(&output));
-    run(guest, "go", "rm /dev/stop")?;
+    for work in works {
+        let (output, exit) = work.wait(guest)?;
+        ensure!(exit.status == 0, "the work: {}, {}", exit.status, String::from_utf8_lossy(&output));
+    }
     Ok(())
 }
 
@@ -261,10 +262,11 @@ fn paused(context: &Context) -> Result<Verdict> {
     }
     let exports = ["work-vda", "work-vdb"].map(|id| (id, Path::new("/")));
     guest = rebuild::here(context, guest, &exports, disks)?;
-    for running in works {
-        finish(&guest, running)?;
-    }
-    guest.end()?;
+    finish(&guest, works)?;
+    // A machine that is dropped waits for what is under way.
+    let mut running = start(&guest, "last", &format!("rm /dev/stop; {}", work("/dev/vda")))?;
+    running.read_until(b"works")?;
+    drop(guest);
     Ok(Verdict::Passed)
 }
 

@@ -59,7 +59,7 @@ fn rounds(context: &Context, rounds: usize) -> Result<Verdict> {
     }
     let left = run(&guest, "left", "ls /sys/block | grep -c ^vd; ls /sys/class/net")?;
     ensure!(left == "1\nlo\n", "this is left: {left}");
-    finish(&guest, works)?;
+    finish(&guest, [works])?;
     guest.end()?;
     Ok(Verdict::Passed)
 }
