@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use katavm_protocol::agent::{
-    CheckRequest, CheckResponse, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, CreateExecRequest,
-    CreateSandboxRequest, Empty, Event, ListProcessesResponse, ProcessRequest, ProcessResponse, RemoveContainerRequest,
-    ResizeTerminalRequest, SetSysctlsRequest, SetVolumeRequest, SignalRequest, StatsResponse, UpdateContainerRequest,
-    WaitResponse,
+    AttachDiskRequest, AttachDiskResponse, CheckRequest, CheckResponse, ConfigureNetworkRequest, ContainerRequest,
+    CreateContainerRequest, CreateExecRequest, CreateSandboxRequest, DetachDiskRequest, Empty, Event,
+    ListProcessesResponse, ProcessRequest, ProcessResponse, RemoveContainerRequest, ResizeTerminalRequest,
+    SetSysctlsRequest, SetVolumeRequest, SignalRequest, StatsResponse, UpdateContainerRequest, WaitResponse,
 };
 use katavm_protocol::agent_ttrpc::Agent;
 use katavm_protocol::reset::RESET_ORDERLY;
@@ -18,6 +18,7 @@ use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
 use crate::cgroup::stats;
 use crate::container::{Containers, processes};
+use crate::disks;
 use crate::error::Error;
 use crate::names::Names;
 use crate::network;
@@ -56,6 +57,10 @@ async fn to_its_end<T: Send + 'static>(
     tokio::spawn(work).await.map_err(|error| Error::Internal(error.to_string()))?
 }
 
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> std::result::Result<T, Error> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| Error::Internal(error.to_string()))
+}
+
 #[async_trait]
 impl Agent for Service {
     async fn check(&self, _: &TtrpcContext, _: CheckRequest) -> Result<CheckResponse> {
@@ -74,6 +79,15 @@ impl Agent for Service {
         let done = tokio::task::spawn_blocking(move || network::configure(&request)).await;
         done.map_err(|error| Error::Internal(error.to_string()))??;
         self.names.set(&name_servers).await?;
+        Ok(Empty::new())
+    }
+
+    async fn attach_disk(&self, _: &TtrpcContext, request: AttachDiskRequest) -> Result<AttachDiskResponse> {
+        to_its_end(async move { blocking(move || disks::attach(&request)).await? }).await.map_err(Into::into)
+    }
+
+    async fn detach_disk(&self, _: &TtrpcContext, request: DetachDiskRequest) -> Result<Empty> {
+        to_its_end(async move { blocking(move || disks::detach(request.place)).await? }).await?;
         Ok(Empty::new())
     }
 

@@ -46,7 +46,7 @@ impl Disk {
         for sector in 0..SECTORS {
             file.write_all_at(&[sector as u8; 512], 512 * sector).unwrap();
         }
-        let config = BlockConfig { file: file.try_clone().unwrap(), read_only, serial: "katavm-0".into() };
+        let config = BlockConfig::new(file.try_clone().unwrap(), read_only, "katavm-0");
         let mut machine = Machine::new(Arc::new(Mutex::new(Block::new(config).unwrap())));
         let features = machine.offered() & accepted & !F_EVENT_IDX;
         machine.start_with(features);
@@ -251,7 +251,7 @@ fn no_request_is_longer_than_the_limits_that_the_device_tells() {
     const MOST: u32 = 254 * 256 * 1024;
     let file = tempfile::tempfile().unwrap();
     file.set_len(1 << 33).unwrap();
-    let config = BlockConfig { file, read_only: false, serial: String::new() };
+    let config = BlockConfig::new(file, false, "");
     let mut machine = Machine::new(Arc::new(Mutex::new(Block::new(config).unwrap())));
     machine.start();
     machine.put(READABLE, &[&IN.to_le_bytes()[..], &[0; 12]].concat());
@@ -295,14 +295,17 @@ fn a_snapshot_fits_the_same_disk_only() {
         file.set_len(512 * sectors).unwrap();
         file
     };
-    let config = |sectors, read_only| BlockConfig { file: file(sectors), read_only, serial: "other".into() };
+    let config = |sectors, read_only| BlockConfig::new(file(sectors), read_only, "other");
     let saved = Block::new(BlockConfig { serial: "a serial".into(), ..config(64, false) }).unwrap().save();
     let state: BlockState = postcard::from_bytes(&postcard::to_stdvec(&saved).unwrap()).unwrap();
-    assert_eq!(Block::restore(&state, config(64, false)).unwrap().save(), saved, "the saved serial counts");
-    assert!(matches!(Block::restore(&state, config(65, false)), Err(BlockError::Changed { saved: 64, found: 65 })));
-    assert!(matches!(Block::restore(&state, config(64, true)), Err(BlockError::Changed { .. })));
+    assert_eq!(Block::restore(&state, Some(config(64, false))).unwrap().save(), saved, "the saved serial counts");
+    assert!(matches!(
+        Block::restore(&state, Some(config(65, false))),
+        Err(BlockError::Changed { saved: 64, found: 65 })
+    ));
+    assert!(matches!(Block::restore(&state, Some(config(64, true))), Err(BlockError::Changed { .. })));
     let lie = BlockState { serial: "x".repeat(21), ..state };
-    assert!(matches!(Block::restore(&lie, config(64, false)), Err(BlockError::Serial(_))));
+    assert!(matches!(Block::restore(&lie, Some(config(64, false))), Err(BlockError::Serial(_))));
 }
 
 #[test]
@@ -315,7 +318,7 @@ fn what_is_no_disk_is_refused_without_waiting() {
     let missing = BlockConfig::open(&dir.path().join("missing"), false, "").unwrap_err();
     assert!(missing.to_string().contains("missing"), "{missing}");
     for serial in ["123456789012345678901", "tab\there", "é"] {
-        let config = BlockConfig { file: tempfile::tempfile().unwrap(), read_only: false, serial: serial.into() };
+        let config = BlockConfig::new(tempfile::tempfile().unwrap(), false, serial);
         assert!(matches!(Block::new(config), Err(BlockError::Serial(_))), "{serial:?}");
     }
 }

@@ -23,6 +23,7 @@ use crate::pod::{Io, Network, NewContainer, Phase, Pod, PodError, Process};
 use crate::process::signals::{Listening, Received, Signals};
 use crate::sandbox::agent::AgentError;
 use crate::sandbox::plan::Plan;
+use crate::sandbox::share::file_server;
 use crate::sandbox::vm::{self, Boot, ReadyPort, Started};
 use crate::sandbox::{Sandbox, SandboxError, blocking, probe};
 use crate::service;
@@ -130,7 +131,7 @@ pub fn supervise(launch: &Launch, outside: Outside, mode: Mode, timings: &mut Ti
 /// Those of [`supervise`].
 pub async fn attend(launch: &Launch, outside: Outside, mode: Mode, timings: &mut Timings) -> anyhow::Result<Exit> {
     let mut mode = Some(mode);
-    let share = FsShare::new();
+    let share = file_server();
     let outcome = match boot(launch, &outside, share.clone()) {
         Ok((started, network, user_network)) => {
             let work = Work { launch, share, user_network, mode: &mut mode, end: None, timings };
@@ -161,7 +162,8 @@ fn boot(launch: &Launch, outside: &Outside, share: FsShare) -> anyhow::Result<Bo
     let start = |ports: &Vec<_>| UserNetwork::start(ports, &outside.directory);
     let (user_network, net) = launch.user_network.as_ref().map(start).transpose()?.unzip();
     let nets = nets.into_iter().flatten().chain(net).collect();
-    let started = vm::boot(Boot { image: launch.image.clone(), size: launch.plan.size, share, nets, console })?;
+    let disks = launch.plan.disks.len();
+    let started = vm::boot(Boot { image: launch.image.clone(), size: launch.plan.size, share, nets, disks, console })?;
     Ok((started, network, user_network))
 }
 
@@ -252,6 +254,7 @@ impl Work<'_> {
                         exports: plan.exports,
                         tmpfs: plan.tmpfs,
                         replaced: plan.replaced,
+                        disks: plan.disks,
                         io,
                         link: Some(link),
                         journal: outside.journal,

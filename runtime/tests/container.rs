@@ -251,6 +251,7 @@ fn run(setup: Setup, program: impl FnOnce(HashMap<i32, UnixStream>, &Guest) -> u
             exports: Vec::new(),
             tmpfs: Vec::new(),
             replaced: Vec::new(),
+            disks: Vec::new(),
             io,
             link: None,
             journal,

@@ -3,4 +3,5 @@
 pub mod bench;
 pub mod cri;
 pub mod e2e;
+pub mod files;
 pub mod lab;

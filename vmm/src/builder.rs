@@ -23,11 +23,11 @@ use crate::bus::Bus;
 use crate::config::MicrovmConfig;
 use crate::console::Console;
 use crate::control::{Control, Goal};
-use crate::device::{Device, QUICK, lock};
+use crate::device::{Device, QUICK, SLOTS, lock};
 use crate::ending::Ending;
 use crate::event_loop::EventLoop;
 use crate::kvm::{self, KvmError, ioctl};
-use crate::layout::{MAX_DEVICES, MAX_VCPUS, MMIO_START, SERIAL_GSI, VIRTIO_GSI};
+use crate::layout::{MAX_DEVICES, MAX_VCPUS, MMIO_START, SERIAL_GSI, VIRTIO_GSI, VIRTIO_LINES};
 use crate::memory::{self, MemoryError};
 use crate::microvm::Microvm;
 use crate::snapshot::{self, MicrovmState, SnapshotError, same};
@@ -58,7 +58,7 @@ pub enum BuildError {
     /// Too many or too few vCPUs.
     #[error("{0} vCPUs: it must be 1 to {MAX_VCPUS}")]
     Vcpus(u8),
-    /// More devices than interrupt lines.
+    /// More devices than there are places for.
     #[error("{0} virtio devices: {MAX_DEVICES} at most")]
     Devices(usize),
 }
@@ -86,7 +86,7 @@ impl MicrovmBuilder {
         self.device(Device::Fs(Arc::new(Mutex::new(fs))))
     }
 
-    /// Adds a disk.
+    /// Adds a disk, or a place for one: see [`Microvm::attach_disk`].
     #[must_use]
     pub fn block(self, block: Block) -> Self {
         self.device(Device::Block(Arc::new(Mutex::new(block))))
@@ -240,13 +240,13 @@ impl MicrovmBuilder {
     }
 }
 
-/// One thread for all devices that are soon done, one for each that is not, and as many for all network interfaces, most
-/// of which are placeholders, as one of them has pairs of queues.
+/// One thread for all devices that are soon done, one for each that is not, one for all places of disks, which are empty at
+/// first, and as many for all network interfaces, most of which are placeholders, as one of them has pairs of queues.
 fn threads(devices: &[Device]) -> Vec<(String, Vec<Worker>)> {
     let mut threads = vec![(QUICK.to_owned(), Vec::new())];
     for device in devices {
         // A device that shares no thread shares those of none that came before; its own parts do.
-        let shares = device.thread() == QUICK || matches!(device, Device::Net(_));
+        let shares = matches!(device.thread(), QUICK | SLOTS) || matches!(device, Device::Net(_));
         let first = if shares { 0 } else { threads.len() };
         for (name, worker) in device.parts() {
             match threads.iter_mut().skip(first).find(|(other, _)| *other == name) {
@@ -269,7 +269,8 @@ struct Frame {
 
 fn windows(count: usize) -> Vec<Window> {
     let addresses = (MMIO_START..).step_by(WINDOW as usize);
-    addresses.zip(VIRTIO_GSI..).take(count).map(|(address, gsi)| Window { address, gsi }).collect()
+    let lines = (VIRTIO_GSI..VIRTIO_GSI + VIRTIO_LINES).cycle();
+    addresses.zip(lines).take(count).map(|(address, gsi)| Window { address, gsi }).collect()
 }
 
 /// An eventfd that raises interrupt line `gsi`.

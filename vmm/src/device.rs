@@ -15,6 +15,8 @@ use crate::snapshot::DeviceState;
 
 /// The thread of all devices that are soon done with a request.
 pub const QUICK: &str = "devices";
+/// The thread of all disks that came to places which were empty when the machine was built.
+pub const SLOTS: &str = "slots";
 
 /// One virtio device.
 #[derive(Clone)]
@@ -45,6 +47,7 @@ impl Device {
     pub fn thread(&self) -> &'static str {
         match self {
             Self::Fs(_) => "fs",
+            Self::Block(device) if !lock(device).is_attached() => SLOTS,
             Self::Block(_) => "block",
             Self::Net(_) => "net",
             Self::Vsock(_) | Self::Rng(_) | Self::Balloon(_) => QUICK,

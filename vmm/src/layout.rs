@@ -50,7 +50,9 @@ pub const SERIAL_GSI: u32 = 4;
 pub const VIRTIO_GSI: u32 = 5;
 /// Pins of KVM's I/O APIC.
 pub const GSI_COUNT: u32 = 24;
-/// As many virtio devices as there are lines left.
-pub const MAX_DEVICES: usize = (GSI_COUNT - VIRTIO_GSI) as usize;
+/// Lines for virtio devices. When there are more devices, they share them from the first on again.
+pub const VIRTIO_LINES: u32 = GSI_COUNT - VIRTIO_GSI;
+/// As many virtio devices as the kernel command line has room for, with all that the guest is told besides.
+pub const MAX_DEVICES: usize = 32;
 /// As many vCPUs as the MP table has room for with all its interrupt entries.
 pub const MAX_VCPUS: u8 = 32;

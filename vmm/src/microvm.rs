@@ -2,11 +2,13 @@
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard};
 
 use katavm_devices::balloon::Balloon;
+use katavm_devices::block::{Block, BlockConfig, BlockError};
 use katavm_devices::memory::GuestMemory;
 use katavm_devices::net::{Backend, Net, NetLimits};
+use katavm_devices::rate::Limits;
 use katavm_devices::vsock::ConnectionId;
 use kvm_ioctls::{Kvm, VmFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -31,6 +33,15 @@ pub enum MicrovmError {
     /// It has fewer network interfaces.
     #[error("the virtual machine has no network interface {0}, counted from 0")]
     NoInterface(usize),
+    /// Every place for disks is taken.
+    #[error("the virtual machine has no place left for a disk")]
+    NoPlace,
+    /// No disk has this place.
+    #[error("place {0} of the virtual machine has no disk")]
+    NoDisk(usize),
+    /// The disk is not possible.
+    #[error(transparent)]
+    Disk(#[from] BlockError),
     /// It was built without one.
     #[error("the virtual machine has no balloon")]
     NoBalloon,
@@ -75,6 +86,8 @@ impl Microvm {
         self.alive()?;
         self.set(Goal::Pause);
         self.environment.control.wait_parked();
+        // What the host does for the guest is part of what stands still.
+        self.devices.iter().for_each(|device| lock(&*device.shared()).settle());
         self.alive()
     }
 
@@ -210,6 +223,62 @@ impl Microvm {
     pub fn set_net_limits(&self, index: usize, limits: NetLimits) -> Result<(), MicrovmError> {
         lock(self.interface(index)?).set_limits(limits);
         Ok(())
+    }
+
+    /// Puts a disk into an empty place, running or not; the place, by which the agent binds its driver.
+    ///
+    /// # Errors
+    /// When no place is empty, or the disk is not possible.
+    pub fn attach_disk(&self, config: BlockConfig) -> Result<usize, MicrovmError> {
+        for (place, device) in self.devices.iter().enumerate() {
+            if let Device::Block(block) = device {
+                let mut block = lock(block);
+                if !block.is_attached() && !block.is_driven() {
+                    block.attach(config)?;
+                    return Ok(place);
+                }
+            }
+        }
+        Err(MicrovmError::NoPlace)
+    }
+
+    /// Takes the disk at `place` away, if there is one. The agent unbinds its driver before; a driver that is still
+    /// there gets errors from now on.
+    ///
+    /// # Errors
+    /// When it is no place for disks.
+    pub fn detach_disk(&self, place: usize) -> Result<(), MicrovmError> {
+        self.disk(place)?.detach();
+        Ok(())
+    }
+
+    /// Looks how large the disk at `place` is now, and tells the guest when that has changed.
+    ///
+    /// # Errors
+    /// When there is none, or of the host.
+    pub fn resize_disk(&self, place: usize) -> Result<(), MicrovmError> {
+        let transport = self.environment.bus.transports().get(place).ok_or(MicrovmError::NoDisk(place))?;
+        // The transport first, as accesses of vCPUs do: no driver reads half of the capacity.
+        let mut transport = lock(transport);
+        if self.disk(place)?.resize()? {
+            transport.config_changed();
+        }
+        Ok(())
+    }
+
+    /// Sets other limits for the disk at `place`.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn limit_disk(&self, place: usize, limits: Limits) -> Result<(), MicrovmError> {
+        Ok(self.disk(place)?.set_limits(limits)?)
+    }
+
+    fn disk(&self, place: usize) -> Result<MutexGuard<'_, Block>, MicrovmError> {
+        match self.devices.get(place) {
+            Some(Device::Block(block)) => Ok(lock(block)),
+            _ => Err(MicrovmError::NoDisk(place)),
+        }
     }
 
     /// Asks the guest to have `mib` MiB of its memory in the balloon, which the host has then.

@@ -1,8 +1,10 @@
 //! Interfaces and their addresses.
 
 use std::collections::HashMap;
+use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
+use std::path::Path;
 
 use katavm_protocol::agent::{Address, Interface};
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope};
@@ -10,8 +12,11 @@ use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::netlink::Netlink;
-use super::{byte, ip, places};
+use super::{byte, ip};
 use crate::error::Error;
+use crate::places::{self, PLACES};
+
+const INTERFACES: &str = "/sys/class/net";
 
 /// The numbers of the interfaces by their names.
 pub type Numbers = HashMap<String, u32>;
@@ -60,12 +65,23 @@ fn replug(netlink: &mut Netlink, wanted: &[Interface]) -> Result<(), Error> {
     let is_wanted = |link: &&Link| wanted.iter().any(|interface| link.is(&interface.device_mac));
     for link in links.iter().filter(|link| !is_wanted(link)) {
         let name = &link.name;
-        places::leave(name).map_err(|error| Error::io(format_args!("cannot take {name} away"), error))?;
+        leave(name).map_err(|error| Error::io(format_args!("cannot take {name} away"), error))?;
     }
     if links.iter().filter(is_wanted).count() < wanted.len() {
-        places::look().map_err(|error| Error::io("cannot look for new network devices", error))?;
+        PLACES.look().map_err(|error| Error::io("cannot look for new network devices", error))?;
     }
     Ok(())
+}
+
+/// Takes an interface away whose device has left its place; nothing, if it is no such interface.
+fn leave(interface: &str) -> io::Result<()> {
+    // The device of the interface is a child of its place.
+    let Ok(device) = fs::canonicalize(Path::new(INTERFACES).join(interface).join("device")) else { return Ok(()) };
+    let place = device.parent().and_then(Path::file_name).map(|name| name.to_string_lossy());
+    match place.filter(|name| places::is_name(name)) {
+        Some(place) => PLACES.unbind(&place),
+        None => Ok(()),
+    }
 }
 
 fn all(netlink: &mut Netlink) -> Result<Vec<Link>, Error> {

@@ -5,7 +5,6 @@
 mod interfaces;
 pub mod listeners;
 mod netlink;
-mod places;
 mod routes;
 mod rules;
 

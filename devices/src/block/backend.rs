@@ -4,10 +4,11 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::unix::fs::FileTypeExt;
+
+use rustix::fs::{AtFlags, OFlags, StatxFlags, fcntl_getfl, statx};
 
 use super::layout::{Geometry, SECTOR};
-use crate::virtio::queue::Buffers;
 
 // From <linux/fs.h>.
 const BLKSSZGET: libc::c_ulong = 0x1268;
@@ -15,9 +16,6 @@ const BLKDISCARD: libc::c_ulong = 0x1277;
 const BLKPBSZGET: libc::c_ulong = 0x127b;
 const BLKZEROOUT: libc::c_ulong = 0x127f;
 const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
-
-/// What zeroes are written from, where the host can do no better.
-static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
 
 /// Why a file cannot be a disk.
 #[derive(Debug, thiserror::Error)]
@@ -39,32 +37,92 @@ enum Kind {
     Device,
 }
 
-/// An open disk. All offsets are checked against the size that it had when it was opened.
+/// What O_DIRECT asks for, in bytes: powers of two.
+#[derive(Clone, Copy, Debug)]
+struct Direct {
+    /// Of addresses of memory.
+    memory: u64,
+    /// Of offsets and lengths.
+    unit: u64,
+}
+
+/// One system call on a disk. Memory that it names stays valid as long as it is borrowed.
+#[derive(Debug)]
+pub enum Call<'c> {
+    /// preadv(2).
+    Read {
+        /// In bytes.
+        offset: u64,
+        /// Memory to be filled.
+        vectors: &'c [libc::iovec],
+    },
+    /// pwritev2(2).
+    Write {
+        /// In bytes.
+        offset: u64,
+        /// Memory to be written.
+        vectors: &'c [libc::iovec],
+        /// RWF_DSYNC.
+        durable: bool,
+    },
+    /// fdatasync(2).
+    Sync,
+    /// fallocate(2).
+    Allocate {
+        /// Its flags.
+        mode: libc::c_int,
+        /// In bytes.
+        range: Range<u64>,
+    },
+    /// An ioctl of the kernel's block layer that takes `uint64_t range[2]`.
+    Control {
+        /// Its number.
+        request: libc::c_ulong,
+        /// In bytes.
+        range: Range<u64>,
+    },
+}
+
+/// An open disk. All offsets are checked against the size that it had when it was last measured.
 #[derive(Debug)]
 pub struct Disk {
     file: File,
     kind: Kind,
+    direct: Option<Direct>,
     sectors: u64,
     logical: u32,
     physical: u32,
 }
 
 impl Disk {
-    /// Takes over an open file; a trailing part of a sector is out of the guest's reach.
+    /// Takes over an open file, with O_DIRECT or without; a trailing part of a block is out of the guest's reach.
     pub fn new(file: File) -> Result<Self, DiskError> {
-        let metadata = file.metadata()?;
-        let (kind, bytes, logical, physical) = if metadata.is_file() {
-            (Kind::File, metadata.len(), SECTOR as u32, 4096)
-        } else if metadata.file_type().is_block_device() {
-            let bytes = query::<u64>(&file, BLKGETSIZE64)?;
-            (Kind::Device, bytes, query::<u32>(&file, BLKSSZGET)?, query::<u32>(&file, BLKPBSZGET)?)
+        let file_type = file.metadata()?.file_type();
+        let direct = direct(&file)?;
+        let unit = direct.map_or(SECTOR, |direct| direct.unit.max(SECTOR)) as u32;
+        let (kind, logical, physical) = if file_type.is_file() {
+            (Kind::File, unit, 4096)
+        } else if file_type.is_block_device() {
+            (Kind::Device, query::<u32>(&file, BLKSSZGET)?.max(unit), query::<u32>(&file, BLKPBSZGET)?)
         } else {
             return Err(DiskError::Kind);
         };
         if !logical.is_power_of_two() || !(512..=4096).contains(&logical) {
             return Err(DiskError::Block(logical));
         }
-        Ok(Self { file, kind, sectors: bytes / SECTOR, logical, physical: physical.max(logical) })
+        let mut disk = Self { file, kind, direct, sectors: 0, logical, physical: physical.max(logical) };
+        disk.measure()?;
+        Ok(disk)
+    }
+
+    /// Looks how large it is now; whether that has changed.
+    pub fn measure(&mut self) -> io::Result<bool> {
+        let bytes = match self.kind {
+            Kind::File => self.file.metadata()?.len(),
+            Kind::Device => query::<u64>(&self.file, BLKGETSIZE64)?,
+        };
+        let sectors = bytes / u64::from(self.logical) * (u64::from(self.logical) / SECTOR);
+        Ok(std::mem::replace(&mut self.sectors, sectors) != sectors)
     }
 
     /// Capacity and block sizes.
@@ -79,118 +137,96 @@ impl Disk {
         (end <= self.sectors * SECTOR).then_some(start..end)
     }
 
-    /// Reads from `offset` on until `buffers` are full (preadv).
-    pub fn read(&self, offset: u64, buffers: &mut Buffers<'_>) -> io::Result<()> {
-        // SAFETY: the vectors are guest memory that stays mapped as long as `buffers` lives. The guest may
-        // access it meanwhile, but no Rust reference to it exists.
-        transfer(offset, buffers, |vectors, count, offset| unsafe {
-            libc::preadv(self.file.as_raw_fd(), vectors, count, offset)
-        })
+    /// What offsets and lengths of reads and writes must be multiples of: 1, but for O_DIRECT.
+    pub fn unit(&self) -> u64 {
+        self.direct.map_or(1, |direct| direct.unit)
     }
 
-    /// Writes all of `buffers` from `offset` on (pwritev).
-    pub fn write(&self, offset: u64, buffers: &mut Buffers<'_>) -> io::Result<()> {
-        // SAFETY: as for `read`; the kernel only reads from the vectors here.
-        transfer(offset, buffers, |vectors, count, offset| unsafe {
-            libc::pwritev(self.file.as_raw_fd(), vectors, count, offset)
-        })
-    }
-
-    /// Makes all writes durable (fdatasync).
-    pub fn flush(&self) -> io::Result<()> {
-        self.file.sync_data()
+    /// Whether it can move bytes between `offset` and these buffers without a bounce buffer.
+    pub fn takes(&self, offset: u64, vectors: &[libc::iovec]) -> bool {
+        let Some(Direct { memory, unit }) = self.direct else { return true };
+        let fits = |vector: &libc::iovec| {
+            (vector.iov_base.addr() as u64).is_multiple_of(memory) && (vector.iov_len as u64).is_multiple_of(unit)
+        };
+        offset.is_multiple_of(unit) && vectors.iter().all(fits)
     }
 
     /// Forgets the contents of `range`: a hole in a file, discarded blocks on a device.
-    pub fn discard(&self, range: Range<u64>) -> io::Result<()> {
+    pub fn discard(&self, range: Range<u64>) -> Call<'static> {
         match self.kind {
-            Kind::File => self.fallocate(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, &range),
-            Kind::Device => self.on_range(BLKDISCARD, &range),
+            Kind::File => Call::Allocate { mode: libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, range },
+            Kind::Device => Call::Control { request: BLKDISCARD, range },
         }
     }
 
     /// Makes `range` read as zeroes; `unmap` allows to deallocate it.
-    pub fn zero(&self, range: Range<u64>, unmap: bool) -> io::Result<()> {
+    pub fn zero(&self, range: Range<u64>, unmap: bool) -> Call<'static> {
         let mode = if unmap { libc::FALLOC_FL_PUNCH_HOLE } else { libc::FALLOC_FL_ZERO_RANGE };
-        let done = match self.kind {
-            Kind::File => self.fallocate(mode | libc::FALLOC_FL_KEEP_SIZE, &range),
-            Kind::Device => self.on_range(BLKZEROOUT, &range),
-        };
-        match done {
-            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => self.write_zeroes(range),
-            done => done,
+        match self.kind {
+            Kind::File => Call::Allocate { mode: mode | libc::FALLOC_FL_KEEP_SIZE, range },
+            Kind::Device => Call::Control { request: BLKZEROOUT, range },
         }
     }
 
-    fn write_zeroes(&self, range: Range<u64>) -> io::Result<()> {
-        let mut offset = range.start;
-        while offset < range.end {
-            let len = usize::try_from(range.end - offset).unwrap_or(usize::MAX).min(ZEROES.len());
-            self.file.write_all_at(ZEROES.get(..len).unwrap_or_default(), offset)?;
-            offset += len as u64;
-        }
-        Ok(())
+    /// Makes all writes durable (fdatasync).
+    pub fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
     }
 
-    fn fallocate(&self, mode: libc::c_int, range: &Range<u64>) -> io::Result<()> {
-        let (Ok(start), Ok(len)) = (range.start.try_into(), (range.end - range.start).try_into()) else {
-            return Err(io::ErrorKind::InvalidInput.into());
+    /// Makes one system call; how many bytes it moved.
+    pub fn perform(&self, call: &Call<'_>) -> io::Result<usize> {
+        let fd = self.file.as_raw_fd();
+        let signed = |value: u64| libc::off_t::try_from(value).map_err(|_| io::ErrorKind::InvalidInput);
+        let result = match call {
+            Call::Read { offset, vectors } => {
+                let (offset, count) = (signed(*offset)?, vectors.len() as libc::c_int);
+                // SAFETY: the vectors are memory that stays valid as long as the call is borrowed. The guest may
+                // access it meanwhile, but no Rust reference to it exists.
+                unsafe { libc::preadv(fd, vectors.as_ptr(), count, offset) }
+            }
+            Call::Write { offset, vectors, durable } => {
+                let (offset, count) = (signed(*offset)?, vectors.len() as libc::c_int);
+                let flags = if *durable { libc::RWF_DSYNC } else { 0 };
+                // SAFETY: as above; the kernel only reads from the vectors here.
+                unsafe { libc::pwritev2(fd, vectors.as_ptr(), count, offset, flags) }
+            }
+            Call::Sync => return self.sync().map(|()| 0),
+            Call::Allocate { mode, range } => {
+                let (start, len) = (signed(range.start)?, signed(range.end - range.start)?);
+                // SAFETY: no memory is passed.
+                unsafe { libc::fallocate(fd, *mode, start, len) as isize }
+            }
+            Call::Control { request, range } => {
+                let range = [range.start, range.end - range.start];
+                // SAFETY: both requests that this is made with read two 64-bit numbers, which live until the call
+                // returns.
+                unsafe { libc::ioctl(fd, *request, range.as_ptr()) as isize }
+            }
         };
-        retry(|| {
-            // SAFETY: no memory is passed.
-            unsafe { libc::fallocate(self.file.as_raw_fd(), mode, start, len) }
-        })
-    }
-
-    /// An ioctl of the kernel's block layer that takes `uint64_t range[2]`.
-    fn on_range(&self, request: libc::c_ulong, range: &Range<u64>) -> io::Result<()> {
-        let range = [range.start, range.end - range.start];
-        retry(|| {
-            // SAFETY: both requests this is called with read two 64-bit numbers, which live until the call returns.
-            unsafe { libc::ioctl(self.file.as_raw_fd(), request, range.as_ptr()) }
-        })
+        usize::try_from(result).map_err(|_| io::Error::last_os_error())
     }
 }
 
-/// Moves all bytes of `buffers` by repeated calls, since each one may do less than it was asked for.
-fn transfer(
-    mut offset: u64,
-    buffers: &mut Buffers<'_>,
-    call: impl Fn(*const libc::iovec, libc::c_int, libc::off_t) -> isize,
-) -> io::Result<()> {
-    while buffers.remaining() > 0 {
-        let vectors = buffers.iovecs(buffers.remaining());
-        let (Ok(count), Ok(at)) = (vectors.len().try_into(), offset.try_into()) else {
-            return Err(io::ErrorKind::InvalidInput.into());
-        };
-        match usize::try_from(call(vectors.as_ptr(), count, at)) {
-            // The file is shorter than it was.
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(done) => {
-                buffers.consume(done);
-                offset += done as u64;
-            }
-            Err(_) => {
-                let error = io::Error::last_os_error();
-                if error.kind() != io::ErrorKind::Interrupted {
-                    return Err(error);
-                }
-            }
-        }
+impl AsRawFd for Disk {
+    fn as_raw_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
     }
-    Ok(())
 }
 
-fn retry(call: impl Fn() -> libc::c_int) -> io::Result<()> {
-    loop {
-        if call() == 0 {
-            return Ok(());
-        }
-        let error = io::Error::last_os_error();
-        if error.kind() != io::ErrorKind::Interrupted {
-            return Err(error);
-        }
+/// What the file asks for, if it was opened with O_DIRECT.
+fn direct(file: &File) -> io::Result<Option<Direct>> {
+    /// Of kernels before 6.1, which do not tell: what every device and file system takes.
+    const COARSE: u64 = 4096;
+    if !fcntl_getfl(file)?.contains(OFlags::DIRECT) {
+        return Ok(None);
     }
+    // STATX_DIOALIGN.
+    let flags = StatxFlags::from_bits_retain(0x2000);
+    let found = statx(file, "", AtFlags::EMPTY_PATH, flags).ok().filter(|found| found.stx_mask & flags.bits() != 0);
+    let found = found.map(|found| (found.stx_dio_mem_align.into(), found.stx_dio_offset_align.into()));
+    let (memory, unit): (u64, u64) = found.unwrap_or((COARSE, COARSE));
+    let sane = |value: u64| if value.is_power_of_two() { value } else { COARSE };
+    Ok(Some(Direct { memory: sane(memory), unit: sane(unit) }))
 }
 
 /// A number that the kernel's block layer knows of a device.
@@ -220,24 +256,6 @@ mod tests {
             [(0, 8 * 512 + 1), (8, 1), (9, 0), (u64::MAX, 512), (u64::MAX / 512, u64::MAX), (1 << 55, 0)]
         {
             assert_eq!(disk.range(sector, len), None, "{sector} + {len}");
-        }
-    }
-
-    #[test]
-    fn zeroes_are_zeroes_by_every_way() {
-        let disk = disk(1 << 20);
-        for (unmap, by_writes) in [(true, false), (false, false), (false, true)] {
-            disk.file.write_all_at(&[7; 1 << 20], 0).unwrap();
-            let range = 4096..900_000;
-            if by_writes {
-                disk.write_zeroes(range).unwrap()
-            } else {
-                disk.zero(range, unmap).unwrap()
-            }
-            let mut bytes = vec![1; 1 << 20];
-            disk.file.read_exact_at(&mut bytes, 0).unwrap();
-            assert!(bytes[4096..900_000].iter().all(|byte| *byte == 0));
-            assert!(bytes[..4096].iter().chain(&bytes[900_000..]).all(|byte| *byte == 7));
         }
     }
 

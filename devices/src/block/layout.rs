@@ -11,6 +11,8 @@ pub const F_RO: u64 = 1 << 5;
 pub const F_BLK_SIZE: u64 = 1 << 6;
 pub const F_FLUSH: u64 = 1 << 9;
 pub const F_TOPOLOGY: u64 = 1 << 10;
+pub const F_CONFIG_WCE: u64 = 1 << 11;
+pub const F_MQ: u64 = 1 << 12;
 pub const F_DISCARD: u64 = 1 << 13;
 pub const F_WRITE_ZEROES: u64 = 1 << 14;
 
@@ -105,8 +107,11 @@ pub struct Geometry {
 /// Length of the configuration space up to and including `write_zeroes_may_unmap` with its padding.
 pub const CONFIG_BYTES: usize = 60;
 
+/// Where `writeback` stands, the only field that a driver may write.
+pub const WRITEBACK: usize = 32;
+
 /// `struct virtio_blk_config`, 5.2.4.
-pub fn config(geometry: &Geometry) -> [u8; CONFIG_BYTES] {
+pub fn config(geometry: &Geometry, queues: u16, writeback: bool) -> [u8; CONFIG_BYTES] {
     let exponent = (geometry.physical / geometry.logical.max(1)).max(1).ilog2() as u8;
     let alignment = u64::from(geometry.physical).div_ceil(SECTOR) as u32;
     let mut bytes = Vec::with_capacity(CONFIG_BYTES);
@@ -120,8 +125,9 @@ pub fn config(geometry: &Geometry) -> [u8; CONFIG_BYTES] {
     bytes.extend([exponent, 0]);
     bytes.extend((1u16 << exponent.min(15)).to_le_bytes());
     bytes.extend(0u32.to_le_bytes());
-    // writeback, unused, num_queues: not offered.
-    bytes.extend([0; 4]);
+    // writeback, unused, num_queues.
+    bytes.extend([u8::from(writeback), 0]);
+    bytes.extend(queues.to_le_bytes());
     bytes.extend(DISCARD_SECTORS.to_le_bytes());
     bytes.extend(DISCARD_SEGMENTS.to_le_bytes());
     bytes.extend(alignment.to_le_bytes());
@@ -140,11 +146,12 @@ mod tests {
 
     #[test]
     fn fields_stand_where_the_specification_has_them() {
-        let config = config(&Geometry { sectors: 0x1122, logical: 512, physical: 4096 });
+        let config = config(&Geometry { sectors: 0x1122, logical: 512, physical: 4096 }, 3, true);
         let u32_at = |at: usize| u32::from_le_bytes(config[at..at + 4].try_into().unwrap());
         assert_eq!(u64::from_le_bytes(config[..8].try_into().unwrap()), 0x1122);
         assert_eq!((u32_at(8), u32_at(12), u32_at(20)), (SIZE_MAX, SEG_MAX, 512));
         assert_eq!((config[24], config[26]), (3, 8));
+        assert_eq!((config[WRITEBACK], config[34], config[35]), (1, 3, 0));
         assert_eq!((u32_at(36), u32_at(40), u32_at(44)), (DISCARD_SECTORS, DISCARD_SEGMENTS, 8));
         assert_eq!((u32_at(48), u32_at(52), config[56]), (ZEROES_SECTORS, ZEROES_SEGMENTS, 1));
     }

@@ -2,11 +2,13 @@
 
 use serde::{Deserialize, Serialize};
 
-/// What a restored disk must have in common with the saved one: the guest's kernel knows it by heart.
+/// What a restored disk must have in common with the saved one, whose driver knows it by heart, and how that uses it.
 ///
-/// Requests are served within one turn of the event loop, so none is ever under way in a snapshot.
+/// Requests are finished before a snapshot is taken, so none is ever under way in one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockState {
+    /// There is a disk; without one, the rest tells of the last that was there.
+    pub attached: bool,
     /// Capacity in sectors of 512 bytes.
     pub sectors: u64,
     /// Logical block size in bytes.
@@ -15,4 +17,8 @@ pub struct BlockState {
     pub read_only: bool,
     /// The device's identification.
     pub serial: String,
+    /// Request queues.
+    pub queues: u16,
+    /// Writes are durable only after a flush.
+    pub writeback: bool,
 }

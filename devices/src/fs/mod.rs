@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 pub use device::Fs;
-pub use server::{ExportOptions, RestoreReport};
+pub use server::{ExportOptions, HostMounts, MountEntry, RestoreReport};
 pub use state::{FileState, FsState, HandleState, NodeState};
 
 use crate::virtio::queue::Buffers;
@@ -36,6 +36,19 @@ impl FsShare {
     #[must_use]
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// The same; mounts of the host below exports are served by copies, and so can be unmounted there. Whoever has it
+    /// calls [`refresh_mounts`](Self::refresh_mounts).
+    #[must_use]
+    pub fn over(mounts: Arc<dyn HostMounts>) -> Self {
+        Self { inner: Arc::new(Inner { server: Server::over(mounts), attached: AtomicBool::new(false) }) }
+    }
+
+    /// Closes what the guest has of mounts that are not there any more, so that their file systems are let go of. To be
+    /// called whenever the mount table has changed.
+    pub fn refresh_mounts(&self) {
+        self.inner.server.refresh_mounts();
     }
 
     /// Shows a directory, or a single regular file, as `name` in the root.

@@ -135,4 +135,8 @@ pub trait VirtioDevice: MutEventSubscriber + Send {
     fn save_queues(&self) -> Option<Vec<QueueState>> {
         self.queues().save()
     }
+
+    /// The machine stands still, and so does the event loop: requests that are under way are to be finished and given
+    /// back now, so that neither memory nor queues change after this. The default is for devices that have none.
+    fn settle(&mut self) {}
 }

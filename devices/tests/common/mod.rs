@@ -4,7 +4,8 @@
 
 #![allow(dead_code, reason = "each test target uses its part")]
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, SubscriberOps};
 use katavm_devices::memory::GuestMemory;
@@ -267,10 +268,30 @@ impl Machine {
         self.set(QUEUE_NOTIFY, queue as u32);
     }
 
-    /// Lets the event loop run until nothing is left to do. Returns how many turns that took.
+    /// Lets the event loop run until nothing is left to do, and all that is under way is finished. Returns how many turns
+    /// that took.
     pub fn run(&mut self) -> usize {
         const TURNS: usize = 10_000;
-        (1..TURNS).find(|_| self.events.run_with_timeout(0).unwrap() == 0).expect("the event loop comes to rest")
+        let mut turns = 0;
+        loop {
+            let device = self.transport.device().clone();
+            let rest = (1..TURNS).find(|_| self.events.run_with_timeout(0).unwrap() == 0);
+            turns += rest.expect("the event loop comes to rest");
+            device.lock().unwrap_or_else(PoisonError::into_inner).settle();
+            if self.events.run_with_timeout(0).unwrap() == 0 {
+                return turns;
+            }
+            assert!(turns < TURNS, "the event loop comes to rest");
+        }
+    }
+
+    /// Lets the event loop run until `done`, waiting for events as a real one does.
+    pub fn run_until(&mut self, mut done: impl FnMut(&mut Self) -> bool) {
+        let start = Instant::now();
+        while !done(self) {
+            self.events.run_with_timeout(100).unwrap();
+            assert!(start.elapsed() < Duration::from_secs(20), "what was waited for did not happen");
+        }
     }
 
     /// One turn of the event loop.

@@ -394,6 +394,7 @@ impl Guest {
             let offset = rows.last().map_or(0, |row| row.next);
             let more = self.readdir(node, fh, offset, 4096, plus).unwrap();
             if more.is_empty() {
+                self.call(29, node, Msg::new().u64(fh).u32(0).u32(0).u64(0)).unwrap();
                 return rows;
             }
             rows.extend(more);

@@ -7,8 +7,12 @@ use katavm_devices::fs::{ExportOptions, Fs, FsShare};
 
 use crate::driver::{ALL_FLAGS, Guest, Msg, open_path, scratch, u32_at};
 
-const READ_ONLY: ExportOptions =
-    ExportOptions { read_only: true, cache: Duration::from_secs(3600), cross_mounts: true };
+const READ_ONLY: ExportOptions = ExportOptions {
+    read_only: true,
+    cache: Duration::from_secs(3600),
+    cache_absent: Duration::ZERO,
+    cross_mounts: true,
+};
 
 #[test]
 fn read_only() {
@@ -53,6 +57,22 @@ fn read_only() {
     }
     assert_eq!(guest.read(file, fh, 0, 10).unwrap(), b"text");
     assert_eq!(fs::read_dir(&path).unwrap().count(), 2);
+}
+
+#[test]
+fn what_is_not_there() {
+    let (_dir, path) = scratch();
+    let options = ExportOptions { cache_absent: Duration::from_secs(5), ..ExportOptions::default() };
+    let mut guest = Guest::mount(&path, options);
+    let root = guest.root();
+    let entry = guest.lookup(root, "absent").unwrap();
+    assert_eq!((entry.node, entry.entry_valid), (0, 5));
+    let made = guest.create(root, "absent", libc::O_RDWR, 0o644).unwrap().0.node;
+    assert_eq!(guest.lookup(root, "absent").unwrap().node, made);
+    assert_eq!(guest.lookup(1, "absent").unwrap_err(), libc::ENOENT, "an export may come any time");
+    guest.unlink(root, "absent").unwrap();
+    guest.forget(made, 2);
+    assert_eq!(guest.share.save().nodes.len(), 1, "no node is made of it");
 }
 
 #[test]

@@ -46,20 +46,21 @@ fn serve(mut fuse: File, share: FsShare) -> JoinHandle<u64> {
     })
 }
 
-/// Runs `script` in the directory `name` of a mount of `share`. False, with the reason printed, when this machine cannot.
-fn with_mount(share: &FsShare, act: impl FnOnce(&Path)) -> bool {
+/// Has `act` do something in a mount of `share`; how many requests that took. None, with the reason printed, when this
+/// machine cannot.
+pub fn with_mount(share: &FsShare, act: impl FnOnce(&Path)) -> Option<u64> {
     let Ok(fuse) = File::options().read(true).write(true).open("/dev/fuse") else {
         println!("SKIPPED: no /dev/fuse");
-        return false;
+        return None;
     };
     if !is_root() {
         println!("SKIPPED: mounting needs root");
-        return false;
+        return None;
     }
     // SAFETY: FS and NEWNS affect this thread's own view of paths, no descriptors.
     if let Err(error) = unsafe { unshare_unsafe(UnshareFlags::FS | UnshareFlags::NEWNS) } {
         println!("SKIPPED: no mount namespace: {error}");
-        return false;
+        return None;
     }
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
     let (_dir, at) = scratch();
@@ -71,11 +72,12 @@ fn with_mount(share: &FsShare, act: impl FnOnce(&Path)) -> bool {
     act(&at);
     // Another test's child may hold a copy of a descriptor between its fork and its exec.
     unmount(&at, UnmountFlags::DETACH).unwrap();
-    println!("{} requests served", server.join().unwrap());
-    true
+    let served = server.join().unwrap();
+    println!("{served} requests served");
+    Some(served)
 }
 
-fn run(directory: &Path, script: &str) -> String {
+pub fn run(directory: &Path, script: &str) -> String {
     let output = Command::new("sh").args(["-euc", script]).current_dir(directory).output().unwrap();
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{script}\n{}\n{out}\n{err}", output.status);
@@ -192,4 +194,33 @@ fn changes_on_the_host_show() {
         share.remove_export("x");
         assert!(fs::read(&inside).is_err());
     });
+}
+
+/// Requests, not time: they cost the same on every machine.
+#[test]
+fn few_requests_do() {
+    let look = "for i in $(seq 50); do ! cat absent-1 absent-2 absent-3 2>/dev/null; done";
+    let walk = "find . | wc -l >/dev/null; find . | wc -l >/dev/null";
+    let long = std::time::Duration::from_secs(60);
+    let plain = ExportOptions { cache: long, ..ExportOptions::default() };
+    let absent = ExportOptions { cache_absent: long, ..plain };
+    let none = ExportOptions { cache: std::time::Duration::ZERO, ..plain };
+    // Each from 20 directories with 20 files, and its bound: what was measured, and some more.
+    for (row, options, script, most) in [
+        ("names that are not there, not cached", plain, look, 200),
+        ("names that are not there, cached", absent, look, 40),
+        ("a walk and another, nothing cached", none, walk, 700),
+        ("a walk and another, cached", plain, walk, 180),
+    ] {
+        let (_dir, path) = scratch();
+        for directory in 0..20 {
+            fs::create_dir(path.join(directory.to_string())).unwrap();
+            (0..20).for_each(|file| fs::write(path.join(format!("{directory}/{file}")), "").unwrap());
+        }
+        let share = FsShare::new();
+        share.add_export("x", open_path(&path), options).unwrap();
+        let Some(served) = with_mount(&share, |at| drop(run(&at.join("x"), script))) else { return };
+        println!("requests: {row}: {served}");
+        assert!(served <= most, "{row}: {served} requests");
+    }
 }

@@ -7,6 +7,8 @@ mod exports;
 mod files;
 mod garbage;
 mod kernel;
+mod many;
+mod mounts;
 mod names;
 mod owners;
 mod persist;

@@ -76,6 +76,25 @@ fn chown_and_set_id_bits() {
     let open = Msg::new().u32((libc::O_WRONLY | libc::O_TRUNC).cast_unsigned()).u32(1);
     guest.call(14, entry.node, open).unwrap();
     assert_eq!(mode(&file), 0o755, "FUSE_OPEN_KILL_SUIDGID");
+    // What the guest has left of a chown to nobody else, by the owner, root and a stranger.
+    for (uid, expected) in [(10, 0o755), (0, 0o755), (1000, 0o6755)] {
+        guest.uid = uid;
+        suid(&file);
+        guest.call(4, entry.node, set(1 << 10, 0, 0)).unwrap();
+        assert_eq!(mode(&file), 0o6755, "another change");
+        guest.call(4, entry.node, set(0, 0, 0)).unwrap();
+        assert_eq!(mode(&file), expected, "nothing to change, by {uid}");
+        guest.call(43, entry.node, Msg::new().u64(fh).u64(0).u64(1).u32(0).u32(0)).unwrap();
+        assert_eq!(mode(&file), 0o755, "fallocate by {uid}");
+    }
+    // A set-group-ID bit without the group's right to execute says something else (inode(7)), to a member of the group.
+    for (gid, expected) in [(20, 0o2745), (30, 0o745)] {
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o6745)).unwrap();
+        (guest.uid, guest.gid) = (10, gid);
+        guest.write_with(entry.node, fh, 0, b"x", 4, 0).unwrap();
+        assert_eq!(mode(&file), expected, "group {gid}");
+    }
+    (guest.uid, guest.gid) = (0, 0);
     // And the thread has its capability back.
     suid(&file);
     guest.write(entry.node, fh, 0, b"x").unwrap();

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use katavm_devices::balloon::Balloon;
-use katavm_devices::block::{Block, BlockConfig};
+use katavm_devices::block::{Block, BlockConfig, BlockOptions, EngineKind};
 use katavm_devices::fs::{ExportOptions, Fs, FsShare};
 use katavm_devices::net::{Backend, Net, NetConfig, Offloads};
 use katavm_devices::rng::Rng;
@@ -69,14 +69,20 @@ const SECTOR: usize = 512;
 
 struct BlockSubject {
     read_only: bool,
+    engine: EngineKind,
 }
 
+/// With many requests at once where this machine has io_uring.
 pub fn block() -> impl Subject {
-    BlockSubject { read_only: false }
+    BlockSubject { read_only: false, engine: EngineKind::Automatic }
+}
+
+pub fn block_blocking() -> impl Subject {
+    BlockSubject { read_only: false, engine: EngineKind::Blocking }
 }
 
 pub fn block_read_only() -> impl Subject {
-    BlockSubject { read_only: true }
+    BlockSubject { read_only: true, engine: EngineKind::Automatic }
 }
 
 impl Subject for BlockSubject {
@@ -85,7 +91,8 @@ impl Subject for BlockSubject {
         let mut file = tempfile::tempfile().unwrap();
         let content: Vec<u8> = (0..DISK).map(|at| (at / SECTOR) as u8 ^ 0x5a).collect();
         file.write_all(&content).unwrap();
-        let config = BlockConfig { file, read_only: self.read_only, serial: "hostile".into() };
+        let options = BlockOptions { engine: self.engine, queues: 2, ..BlockOptions::default() };
+        let config = BlockConfig::new(file, self.read_only, "hostile").with(options);
         Arc::new(Mutex::new(Block::new(config).unwrap()))
     }
 

@@ -88,11 +88,11 @@ pub const TABLE: &[(&str, Fate)] = &[
     ("process.execCPUAffinity", Ignored("further processes run on all CPUs of the guest")),
     ("mounts", Parts),
     ("mounts[].destination", Guest("made where it is missing; a relative path is refused")),
-    ("mounts[].type", Both("a bind mount is shared with the guest by virtio-fs, any other file system is one of the guest's kernel")),
+    ("mounts[].type", Both("a bind mount is shared with the guest by virtio-fs; ext2, ext3, ext4 and erofs on a block device or in an image file of the host are disks of the guest; any other file system is one of the guest's kernel")),
     ("mounts[].source", Both(
         "of a bind mount: a folder or a file of the host; for /dev/null, zero, full, random, urandom and tty the guest's own; \
          for /dev/shm an empty tmpfs becomes one of the guest; \
-         a socket, a named pipe or another device is refused")),
+         a block device becomes one of the guest; a socket, a named pipe or another device is refused")),
     ("mounts[].options", Both(
         "in the guest, and `ro` on the host as well; `tmpcopyup` is done in the guest; `idmap` and `ridmap` are ignored, with a warning")),
     ("mounts[].uidMappings", Host("the directory or file is mounted with this map, where its file system can; other kinds of mounts are refused")),

@@ -1,13 +1,15 @@
 //! Opening what the guest is to see.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use rustix::fs::{
-    Access, AtFlags, CWD, FileType, Mode, OFlags, StatxAttributes, StatxFlags, accessat, fstat, fstatfs, major, minor,
-    statx,
+    Access, AtFlags, CWD, FileType, FlockOperation, Mode, OFlags, StatxAttributes, StatxFlags, accessat, flock, fstat,
+    fstatfs, major, minor, statx,
 };
+use rustix::io::Errno;
 
 /// What a path leads to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +44,29 @@ impl FileKind {
             Self::Other => "file of unknown kind",
         }
     }
+}
+
+/// Opens a block device or an image file as a disk of the guest, which nobody else may write meanwhile: a block device
+/// must not be mounted or otherwise in use on the host, and an image not be another guest's. Read-only, others may read.
+///
+/// # Errors
+/// Those of open(2), and `ResourceBusy`.
+pub fn open_disk(path: &Path, read_only: bool) -> io::Result<File> {
+    // O_NONBLOCK: whatever else has taken the path's place is to be refused later, not waited for.
+    let mut flags = OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
+    flags |= if read_only { OFlags::RDONLY } else { OFlags::RDWR };
+    let is_device = rustix::fs::stat(path).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode).is_block_device());
+    if is_device && !read_only {
+        // Without O_CREAT this is for block devices only (open(2)).
+        flags |= OFlags::EXCL;
+    }
+    let fd = rustix::fs::open(path, flags, Mode::empty())?;
+    let lock = if read_only { FlockOperation::NonBlockingLockShared } else { FlockOperation::NonBlockingLockExclusive };
+    flock(&fd, lock).map_err(|error| match error {
+        Errno::WOULDBLOCK => io::Error::new(io::ErrorKind::ResourceBusy, "it is in use as another disk"),
+        error => error.into(),
+    })?;
+    Ok(fd.into())
 }
 
 /// Opens `path` for nothing but to be found again (open(2), `O_PATH`), following links as mount(2) does.

@@ -18,11 +18,14 @@ mod users;
 pub use cgroup::{Cgroup, has_cgroup_v2};
 pub use clock::now_ns;
 pub use code::let_go_of_code;
-pub use files::{EmptyTmpfs, FileKind, Place, identity, may_use_directory, open_shared, scratch_file, system_message};
+pub use files::{
+    EmptyTmpfs, FileKind, Place, identity, may_use_directory, open_disk, open_shared, scratch_file, system_message,
+};
 pub use idmap::{IdMap, IdRange};
 pub use limits::raise_open_files;
 pub use mounts::{
-    attach_inside, change_root, clone_tree, make_read_only, mount, new_proc, receive_mounts_only, unmount,
+    MountChanges, attach_inside, change_root, clone_tree, list_mounts, make_read_only, mount, new_proc, private_copy,
+    receive_mounts_only, unmount,
 };
 pub use namespaces::{enter_new_namespaces, is_own_network, join_namespace, open_namespace, run_in_namespaces_of};
 pub use netns::{has_ipv6_route, in_network_namespace, make_tap, network_setting, network_table, set_network_setting};

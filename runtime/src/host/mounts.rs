@@ -2,11 +2,13 @@
 
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::thread;
 
+use katavm_devices::fs::MountEntry;
 use nix::sched::{CloneFlags, unshare};
+use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
 use rustix::mount::{
     MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount_change,
@@ -140,6 +142,69 @@ pub fn clone_tree(path: &Path) -> io::Result<OwnedFd> {
     Ok(open_tree(CWD, path, flags)?)
 }
 
+/// A copy of the mount that `root` is the root of, without what is mounted on it: attached to nothing, and what happens to
+/// the original does not happen to it.
+///
+/// # Errors
+/// Those of open_tree(2) and mount_setattr(2).
+pub fn private_copy(root: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+    let copy = open_tree(root, c"", flags)?;
+    let attributes = libc::mount_attr { attr_set: 0, attr_clr: 0, propagation: libc::MS_PRIVATE, userns_fd: 0 };
+    set_attributes(&copy, &attributes, false)?;
+    Ok(copy)
+}
+
+/// The mounts of the calling thread's mount namespace (proc_pid_mountinfo(5)).
+///
+/// # Errors
+/// Those of reading the list.
+pub fn list_mounts() -> io::Result<Vec<MountEntry>> {
+    // The root of a mount may be no UTF-8; it is only compared.
+    let list = std::fs::read("/proc/thread-self/mountinfo")?;
+    Ok(String::from_utf8_lossy(&list).lines().filter_map(parse_mount).collect())
+}
+
+/// A line as `36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw`.
+fn parse_mount(line: &str) -> Option<MountEntry> {
+    let mut fields = line.split(' ');
+    let (id, parent) = (fields.next()?.parse().ok()?, fields.next()?.parse().ok()?);
+    let (major, minor) = fields.next()?.split_once(':')?;
+    let device = (major.parse().ok()?, minor.parse().ok()?);
+    Some(MountEntry { id, parent, device, root: fields.next()?.to_owned() })
+}
+
+/// Tells of each change of the calling thread's mount namespace.
+pub struct MountChanges(std::fs::File);
+
+impl MountChanges {
+    /// Of all from now on.
+    ///
+    /// # Errors
+    /// Those of open(2).
+    pub fn watch() -> io::Result<Self> {
+        Ok(Self(std::fs::File::open("/proc/thread-self/mountinfo")?))
+    }
+
+    /// Waits for a change, or for `stop` to be readable or hung up: true for a change.
+    ///
+    /// # Errors
+    /// Those of poll(2).
+    pub fn wait(&self, stop: BorrowedFd<'_>) -> io::Result<bool> {
+        // The file is always readable; a change is an exception (proc_pid_mounts(5)).
+        let mut fds = [PollFd::new(&self.0, PollFlags::PRI), PollFd::from_borrowed_fd(stop, PollFlags::IN)];
+        loop {
+            match rustix::event::poll(&mut fds, None) {
+                Ok(_) => break,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        let [_, stop] = &fds;
+        Ok(stop.revents().is_empty())
+    }
+}
+
 /// Makes a detached tree read-only, with everything in it (mount_setattr(2)).
 ///
 /// # Errors
@@ -213,6 +278,16 @@ pub fn change_root(tree: &OwnedFd, staging: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn lists_of_mounts_are_read() {
+        let entry = parse_mount("36 35 98:12 /a\\040b /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue");
+        assert_eq!(entry, Some(MountEntry { id: 36, parent: 35, device: (98, 12), root: "/a\\040b".into() }));
+        for bad in ["", "36", "36 35 98 / / rw", "x 35 98:0 / / rw"] {
+            assert_eq!(parse_mount(bad), None, "{bad:?}");
+        }
+        assert!(list_mounts().unwrap().len() > 1);
+    }
 
     #[test]
     fn layers_become_relative_to_what_they_share() {

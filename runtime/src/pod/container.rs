@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use katavm_protocol::agent::{Exit, RemoveContainerRequest};
 use oci_spec::runtime::LinuxResources;
 
+use super::disks::Disks;
 use super::volumes::Copies;
 use super::watch::Kills;
 use super::{Phase, PodError, Process};
@@ -21,13 +22,15 @@ pub(super) struct Seen {
     pub exports: Exports,
     /// What was copied.
     pub copies: Copies,
+    /// What it has by itself.
+    pub disks: Disks,
 }
 
 impl Seen {
-    /// Gives it up; how the agent removes the container with it.
-    pub fn release(self, id: &str) -> RemoveContainerRequest {
+    /// Gives it up; how the agent removes the container with it, and the disks that are to be detached.
+    pub fn release(self, id: &str) -> (RemoveContainerRequest, Disks) {
         let (unshared, volumes) = (self.exports.release(), self.copies.release());
-        RemoveContainerRequest { container_id: id.into(), unshared, volumes, ..Default::default() }
+        (RemoveContainerRequest { container_id: id.into(), unshared, volumes, ..Default::default() }, self.disks)
     }
 }
 
@@ -170,8 +173,10 @@ impl Container {
         }
         // Before anybody hears of the end: engines unmount these at once.
         let (id, seen) = (self.id.clone(), self.seen.lock().unwrap_or_else(PoisonError::into_inner).take());
-        if let Ok(Some(removal)) = tokio::task::spawn_blocking(move || seen.map(|seen| seen.release(&id))).await {
+        let released = tokio::task::spawn_blocking(move || seen.map(|seen| seen.release(&id))).await;
+        if let Ok(Some((removal, mut disks))) = released {
             *self.removal.lock().unwrap_or_else(PoisonError::into_inner) = removal;
+            disks.detach().await;
         }
         self.note(Status::Stopped);
         self.init.dismiss_stand_in().await;

@@ -1,6 +1,7 @@
 //! A pod: the containers that share one sandbox, and what is done to them while the sandbox lives.
 
 mod container;
+mod disks;
 mod forward;
 mod io;
 mod names;
@@ -27,12 +28,14 @@ use crate::link::Link;
 use crate::network::NetworkError;
 use crate::process::terminal::TerminalError;
 use crate::sandbox::agent::{Agent, AgentError, GuestProcess};
-use crate::sandbox::plan::{Export, Replaced};
+use crate::sandbox::plan::{Disk, Export, Replaced};
 use crate::sandbox::share::{Share, ShareError, with_sources};
 use crate::sandbox::{Sandbox, SandboxError};
 use crate::state::{Journal, Status};
 pub use container::Container;
 use container::Seen;
+pub use disks::DiskError;
+use disks::Disks;
 pub use io::Io;
 pub use network::Network;
 pub use process::{Phase, Process};
@@ -85,6 +88,9 @@ pub enum PodError {
     /// What of the host it is to see.
     #[error(transparent)]
     Share(#[from] ShareError),
+    /// What it is to have as disks.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// The process that stands for it on the host.
     #[error("the container's stand-in on the host: {0}")]
     StandIn(String),
@@ -108,6 +114,8 @@ pub struct NewContainer {
     pub tmpfs: Vec<Tmpfs>,
     /// Of which volumes it sees copies.
     pub replaced: Vec<Replaced>,
+    /// What of the host it has as disks.
+    pub disks: Vec<Disk>,
     /// The streams of its first process.
     pub io: Io,
     /// To its stand-in.
@@ -196,13 +204,20 @@ impl Pod {
     /// # Errors
     /// Any [`PodError`]; nothing is left of it then.
     pub async fn create(self: &Arc<Self>, new: NewContainer) -> Result<Arc<Process>, PodError> {
-        let NewContainer { id, spec, exports, tmpfs, replaced, io, link, journal, cgroup, is_first } = new;
+        let NewContainer { id, spec, exports, tmpfs, replaced, disks, io, link, journal, cgroup, is_first } = new;
         if self.containers().contains_key(&id) {
             return Err(PodError::Exists(format!("container {id}")));
         }
-        let seen = Seen { exports: self.share.add(&exports)?, copies: self.volumes.add(&replaced).await? };
-        let spec = with_sources(spec, seen.exports.sources().chain(seen.copies.sources()))
-            .map_err(|error| PodError::State(format!("the configuration: {error}")))?;
+        let (exports, copies) = (self.share.add(&exports)?, self.volumes.add(&replaced).await?);
+        let (spec, disks) = Disks::attach(&self.sandbox, &self.agent, &disks, spec).await?;
+        let seen = Seen { exports, copies, disks };
+        let spec = match with_sources(spec, seen.exports.sources().chain(seen.copies.sources())) {
+            Ok(spec) => spec,
+            Err(error) => {
+                self.give_up(&id, seen).await;
+                return Err(PodError::State(format!("the configuration: {error}")));
+            }
+        };
         let request = CreateContainerRequest {
             container_id: id.clone(),
             spec,
@@ -212,7 +227,7 @@ impl Pod {
         };
         if let Err(error) = self.agent.create_container(&request).await {
             // What was shared with it and copied for it is there still.
-            drop(self.agent.remove_container(&seen.release(&id)).await);
+            self.give_up(&id, seen).await;
             return Err(error.into());
         }
         let connected = async {
@@ -224,7 +239,7 @@ impl Pod {
             Ok(process) => process,
             Err(error) => {
                 // Its making failed in the middle; why is in `error`.
-                drop(self.agent.remove_container(&seen.release(&id)).await);
+                self.give_up(&id, seen).await;
                 return Err(error);
             }
         };
@@ -237,6 +252,13 @@ impl Pod {
             pod.alive.send_modify(|alive| *alive -= 1);
         });
         Ok(process)
+    }
+
+    /// Removes what is left of a container that was not made.
+    async fn give_up(&self, id: &str, seen: Seen) {
+        let (removal, mut disks) = seen.release(id);
+        drop(self.agent.remove_container(&removal).await);
+        disks.detach().await;
     }
 
     /// Makes a further process in a running container; it waits to be started.

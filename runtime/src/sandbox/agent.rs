@@ -7,9 +7,10 @@ use std::time::Duration;
 
 pub use katavm_protocol::agent::Process as GuestProcess;
 use katavm_protocol::agent::{
-    CheckRequest, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, CreateExecRequest,
-    CreateSandboxRequest, Empty, Event, Exit, ProcessRequest, RemoveContainerRequest, ResizeTerminalRequest,
-    SetSysctlsRequest, SetVolumeRequest, SignalRequest, StatsResponse, UpdateContainerRequest,
+    AttachDiskRequest, AttachDiskResponse, CheckRequest, ConfigureNetworkRequest, ContainerRequest,
+    CreateContainerRequest, CreateExecRequest, CreateSandboxRequest, DetachDiskRequest, Empty, Event, Exit,
+    ProcessRequest, RemoveContainerRequest, ResizeTerminalRequest, SetSysctlsRequest, SetVolumeRequest, SignalRequest,
+    StatsResponse, UpdateContainerRequest,
 };
 use katavm_protocol::agent_ttrpc::AgentClient;
 use tokio::time::timeout;
@@ -108,6 +109,24 @@ impl Agent {
     /// Any [`AgentError`].
     pub async fn configure_network(&self, request: &ConfigureNetworkRequest) -> Result<(), AgentError> {
         within(PATIENCE, self.client.configure_network(deadline(PATIENCE), request)).await?;
+        Ok(())
+    }
+
+    /// Has the guest look at a place that was given a disk, and mount the file system on it, if it is to.
+    ///
+    /// # Errors
+    /// Any [`AgentError`].
+    pub async fn attach_disk(&self, request: &AttachDiskRequest) -> Result<AttachDiskResponse, AgentError> {
+        within(PATIENCE, self.client.attach_disk(deadline(PATIENCE), request)).await
+    }
+
+    /// Has the guest let go of the disk at a place.
+    ///
+    /// # Errors
+    /// Any [`AgentError`].
+    pub async fn detach_disk(&self, place: u32) -> Result<(), AgentError> {
+        let request = DetachDiskRequest { place, ..Default::default() };
+        within(PATIENCE, self.client.detach_disk(deadline(PATIENCE), &request)).await?;
         Ok(())
     }
 

@@ -183,6 +183,12 @@ impl Sandbox {
         Arc::clone(&self.dial)
     }
 
+    /// The machine itself.
+    #[must_use]
+    pub fn machine(&self) -> Arc<dyn Machine> {
+        Arc::clone(&self.machine)
+    }
+
     /// Whether its machine has ended.
     #[must_use]
     pub fn has_ended(&self) -> bool {

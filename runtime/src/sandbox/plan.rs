@@ -105,6 +105,45 @@ pub struct Replaced {
     pub path: PathBuf,
 }
 
+/// A block device or image file of the host that the guest has as a disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// Which of the container's mounts it is.
+    pub mount: usize,
+    /// On the host.
+    pub path: PathBuf,
+    /// Whether the guest may not change it.
+    pub read_only: bool,
+    /// Type and options of the file system that is mounted; none where it is the block device itself.
+    pub file_system: Option<(String, Vec<String>)>,
+}
+
+/// Options of mount(8) that are one mount's, and not its file system's.
+const MOUNT_OPTIONS: [&str; 19] = [
+    "ro",
+    "rw",
+    "nosuid",
+    "suid",
+    "nodev",
+    "dev",
+    "noexec",
+    "exec",
+    "noatime",
+    "nodiratime",
+    "relatime",
+    "strictatime",
+    "private",
+    "rprivate",
+    "slave",
+    "rslave",
+    "unbindable",
+    "runbindable",
+    "defaults",
+];
+
+/// File systems on disks that the guest's kernel has.
+const FILE_SYSTEMS: [&str; 4] = ["ext2", "ext3", "ext4", "erofs"];
+
 /// Everything that is decided beforehand.
 #[derive(Clone, Debug)]
 pub struct Plan {
@@ -116,6 +155,8 @@ pub struct Plan {
     pub tmpfs: Vec<Tmpfs>,
     /// What is copied.
     pub replaced: Vec<Replaced>,
+    /// What the guest has as disks.
+    pub disks: Vec<Disk>,
     /// config.json for the agent.
     pub guest_spec: Vec<u8>,
     /// Whether the container's process has a terminal.
@@ -153,9 +194,13 @@ impl Plan {
         }
         let path = bundle.rootfs.clone();
         let mut exports = vec![Export { name: rootfs, path, read_only: false, id_map: None, is_volume: false }];
-        let (mut tmpfs, mut replaced) = (Vec::new(), Vec::new());
+        let (mut tmpfs, mut replaced, mut disks) = (Vec::new(), Vec::new(), Vec::new());
         if let Some(mounts) = spec.mounts_mut() {
             for (index, mount) in mounts.iter_mut().enumerate() {
+                if let Some(disk) = disk(mount, index, &bundle.path)? {
+                    disks.push(disk);
+                    continue;
+                }
                 let id_map = id_map(mount, index, &bundle.spec)?;
                 if id_map.is_none()
                     && let Some(shared) = shared_memory(mount, &bundle.path)
@@ -194,7 +239,7 @@ impl Plan {
         let view = View { rootfs: bundle.rootfs.clone(), volumes };
         strip(&mut spec, shared);
         let terminal = spec.process().as_ref().and_then(|process| process.terminal()).unwrap_or_default();
-        Ok(Self { size, exports, tmpfs, replaced, guest_spec: serde_json::to_vec(&spec)?, terminal, view })
+        Ok(Self { size, exports, tmpfs, replaced, disks, guest_spec: serde_json::to_vec(&spec)?, terminal, view })
     }
 
     /// The same with one more file of the host, which the container sees at `destination` and cannot change; as it is
@@ -294,6 +339,48 @@ fn is_read_only(mount: &Mount) -> bool {
 fn is_bind(mount: &Mount) -> bool {
     let has = |option: &str| mount.options().iter().flatten().any(|other| other == option);
     mount.typ().as_deref() == Some("bind") || has("bind") || has("rbind")
+}
+
+/// What of a mount the guest can have as a disk: a file system on a block device or in an image, or a block device itself.
+fn disk(mount: &mut Mount, index: usize, bundle: &Path) -> Result<Option<Disk>, PlanError> {
+    let options = mount.options().clone().unwrap_or_default();
+    let has = |option: &str| options.iter().any(|other| other == option);
+    let kind = mount.typ().clone().unwrap_or_default();
+    let is_node = kind == "bind" || has("bind") || has("rbind");
+    let Some(source) = mount.source().as_ref().filter(|_| is_node || FILE_SYSTEMS.contains(&kind.as_str())) else {
+        return Ok(None);
+    };
+    let path = bundle.join(source);
+    let found = match host::open_shared(&path) {
+        Ok((_, found)) => found,
+        // That there is nothing to be bound is told elsewhere.
+        Err(_) if is_node => return Ok(None),
+        Err(error) => {
+            let (destination, reason) = (mount.destination().clone(), system_message(&error));
+            return Err(PlanError::Source { source_path: path, destination, reason });
+        }
+    };
+    let read_only = has("ro") || has("rro") || kind == "erofs";
+    match (is_node, found) {
+        (_, FileKind::BlockDevice) | (false, FileKind::Regular) => {}
+        (true, _) => return Ok(None),
+        (false, other) => return Err(PlanError::Special { index, source_path: path, kind: other.name() }),
+    }
+    let file_system = (!is_node).then(|| {
+        let mut all = options.clone();
+        if read_only && !has("ro") {
+            // The disk is so, and the kernel does not mount it otherwise.
+            all.push("ro".into());
+        }
+        let file_system = (kind.clone(), all);
+        // The agent mounts it; the container has it from there.
+        let of_the_mount = options.iter().filter(|option| MOUNT_OPTIONS.contains(&option.as_str())).cloned();
+        let of_the_mount = of_the_mount.chain(["bind".to_owned()]).collect();
+        mount.set_typ(Some("bind".into()));
+        mount.set_options(Some(of_the_mount));
+        file_system
+    });
+    Ok(Some(Disk { mount: index, path, read_only, file_system }))
 }
 
 /// Turns the source of a bind mount into a path of the guest; the export that this takes.
@@ -468,6 +555,28 @@ mod tests {
             let after = before.with_file(&id, place, "/x".into()).unwrap();
             assert_eq!((after.exports, after.guest_spec), (before.exports, before.guest_spec), "{own}");
         }
+    }
+
+    #[test]
+    fn file_systems_in_images_are_disks() {
+        let (plan, spec) = plan(json!([
+            { "destination": "/a", "type": "ext4", "source": "file", "options": ["loop", "noatime"] },
+            { "destination": "/b", "type": "erofs", "source": "file" },
+            { "destination": "/file", "source": "file", "options": ["bind"] },
+        ]));
+        let of = |disk: &Disk| (disk.mount, disk.read_only, disk.file_system.clone().unwrap_or_default());
+        let ext4 = ("ext4".to_owned(), vec!["loop".to_owned(), "noatime".to_owned()]);
+        assert_eq!(
+            plan.disks.iter().map(of).collect::<Vec<_>>(),
+            [(0, false, ext4), (1, true, ("erofs".into(), vec!["ro".to_owned()]))]
+        );
+        assert_eq!(plan.exports.len(), 2, "the root and the last one");
+        assert_eq!(spec["mounts"][0]["type"], "bind");
+        assert_eq!(spec["mounts"][0]["options"], json!(["noatime", "bind"]));
+        let none = json!([{ "destination": "/a", "type": "ext4", "source": "data" }]);
+        assert!(error(none).contains("\"B/data\" is a directory"));
+        let none = json!([{ "destination": "/a", "type": "ext4", "source": "gone" }]);
+        assert!(error(none).contains("stat B/gone: no such file"));
     }
 
     #[test]

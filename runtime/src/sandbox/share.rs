@@ -2,15 +2,21 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
 
-use katavm_devices::fs::{ExportOptions, FsShare};
+use katavm_devices::fs::{ExportOptions, FsShare, HostMounts, MountEntry};
 use oci_spec::runtime::Spec;
 
 use super::plan::{Export, SHARED};
 use crate::host::{self, Place};
+
+/// In a container's own root file system nobody else makes files, but for a `cp` of an engine now and then: so a name that was
+/// not there is not looked for again in this time. In volumes it is, each time.
+const ROOT_CACHE_ABSENT: Duration = Duration::from_secs(1);
 
 /// Why something cannot be shared.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +34,45 @@ pub struct ShareError {
 pub struct Share {
     files: FsShare,
     volumes: Arc<Mutex<Volumes>>,
+    /// None where mounts cannot be watched: their files stay open when they go.
+    _watch: Option<Arc<MountWatch>>,
+}
+
+/// A file server for one guest that lets the host unmount what is mounted below the files that are shared.
+#[must_use]
+pub fn file_server() -> FsShare {
+    struct Mounts;
+    impl HostMounts for Mounts {
+        fn copy(&self, root: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+            host::private_copy(root)
+        }
+        fn list(&self) -> io::Result<Vec<MountEntry>> {
+            host::list_mounts()
+        }
+    }
+    FsShare::over(Arc::new(Mounts))
+}
+
+/// A thread that tells a file server of changes of the mount table. It ends when this is dropped.
+struct MountWatch {
+    _stop: io::PipeWriter,
+}
+
+impl MountWatch {
+    fn start(files: FsShare) -> io::Result<Self> {
+        let (stopped, stop) = io::pipe()?;
+        let changes = host::MountChanges::watch()?;
+        thread::Builder::new().name("mounts".into()).spawn(move || {
+            loop {
+                match changes.wait(stopped.as_fd()) {
+                    Ok(true) => files.refresh_mounts(),
+                    Ok(false) => return,
+                    Err(error) => return log::warn!("mounts are not watched any more: {error}"),
+                }
+            }
+        })?;
+        Ok(Self { _stop: stop })
+    }
 }
 
 #[derive(Default)]
@@ -63,7 +108,9 @@ impl Share {
     /// Over the guest's file server.
     #[must_use]
     pub fn over(files: FsShare) -> Self {
-        Self { files, volumes: Arc::default() }
+        let watch = MountWatch::start(files.clone());
+        let watch = watch.inspect_err(|error| log::warn!("mounts are not watched: {error}")).ok();
+        Self { files, volumes: Arc::default(), _watch: watch.map(Arc::new) }
     }
 
     /// Opens the exports of a plan and puts those into the share that are not there yet.
@@ -81,7 +128,8 @@ impl Share {
 
     fn put(&self, export: &Export) -> io::Result<Held> {
         let planned = export.name.clone();
-        let options = ExportOptions { read_only: export.read_only, ..ExportOptions::default() };
+        let cache_absent = if export.is_volume { Duration::ZERO } else { ROOT_CACHE_ABSENT };
+        let options = ExportOptions { read_only: export.read_only, cache_absent, ..ExportOptions::default() };
         let (fd, place) = open(export)?;
         let Some(place) = place else {
             self.files.add_export(&planned, fd, options)?;

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use katavm_devices::balloon::Balloon;
+use katavm_devices::block::{Block, BlockConfig, BlockError};
 use katavm_devices::fs::{Fs, FsShare};
 use katavm_devices::net::Net;
 use katavm_devices::rng::Rng;
@@ -33,6 +34,9 @@ pub enum VmError {
     /// It ended before it began.
     #[error(transparent)]
     Start(#[from] MicrovmError),
+    /// A place for a disk.
+    #[error(transparent)]
+    Disk(#[from] BlockError),
     /// A device's resources.
     #[error("cannot make the guest's {device}: {error}")]
     Device {
@@ -72,7 +76,21 @@ pub trait Machine: Send + Sync {
     fn stop(&self);
     /// The last lines of its console.
     fn console_tail(&self) -> String;
+    /// Puts a disk into an empty place of it; which.
+    ///
+    /// # Errors
+    /// When no place is empty, or the disk is not possible.
+    fn attach_disk(&self, _disk: BlockConfig) -> Result<usize, MicrovmError> {
+        Err(MicrovmError::NoPlace)
+    }
+    /// Takes the disk at `place` away.
+    fn detach_disk(&self, _place: usize) {}
 }
+
+/// Empty places for disks, beside those that the first container has a disk for.
+const SPARE_PLACES: usize = 4;
+/// Queues of a disk at most: more bring nothing where one thread serves them.
+const DISK_QUEUES: u16 = 4;
 
 impl Machine for Microvm {
     fn end_event(&self) -> BorrowedFd<'_> {
@@ -91,6 +109,16 @@ impl Machine for Microvm {
 
     fn console_tail(&self) -> String {
         self.console().tail()
+    }
+
+    fn attach_disk(&self, disk: BlockConfig) -> Result<usize, MicrovmError> {
+        Microvm::attach_disk(self, disk)
+    }
+
+    fn detach_disk(&self, place: usize) {
+        if let Err(error) = Microvm::detach_disk(self, place) {
+            log::warn!("{error}");
+        }
     }
 }
 
@@ -131,6 +159,8 @@ pub struct Boot {
     pub share: FsShare,
     /// Network interfaces, with or without their taps: see `Microvm::attach_net`.
     pub nets: Vec<Net>,
+    /// How many disks the first container has; there are places for some more.
+    pub disks: usize,
     /// Where to copy the guest's console to, all of its messages then.
     pub console: Option<OwnedFd>,
 }
@@ -156,7 +186,11 @@ pub fn boot(boot: Boot) -> Result<Started, VmError> {
         .fs(Fs::new(SHARED_TAG, boot.share).map_err(device("shared file system"))?)
         .rng(Rng::new().map_err(device("entropy source"))?)
         .balloon(Balloon::new().map_err(device("memory balloon"))?);
-    let vm = boot.nets.into_iter().fold(builder, MicrovmBuilder::net).build()?;
+    let mut builder = boot.nets.into_iter().fold(builder, MicrovmBuilder::net);
+    for _ in 0..boot.disks + SPARE_PLACES {
+        builder = builder.block(Block::slot(DISK_QUEUES.min(boot.size.vcpus.into()))?);
+    }
+    let vm = builder.build()?;
     if let Some(console) = boot.console {
         vm.console().mirror(std::fs::File::from(console));
     }

@@ -32,6 +32,7 @@ pub fn member(
         exports: plan.exports,
         tmpfs: plan.tmpfs,
         replaced: plan.replaced,
+        disks: plan.disks,
         io,
         link,
         journal: Journal::new(state, record),

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::Parser;
 use katavm_tests::e2e::{self, Boot};
+use katavm_tests::files;
 
 /// Run end-to-end cases.
 #[derive(Parser)]
@@ -24,7 +25,7 @@ struct Cli {
 }
 
 fn main() -> Result<ExitCode> {
-    if let Some(code) = e2e::enter() {
+    if let Some(code) = files::enter().or_else(e2e::enter) {
         return Ok(code);
     }
     let Cli { boot, long, list, filters } = Cli::parse();

@@ -69,6 +69,18 @@ impl Guest {
     /// # Errors
     /// As [`boot`](Self::boot).
     pub fn boot_with(context: &Context, nets: Vec<Net>, change: impl FnOnce(&mut MicrovmConfig)) -> Result<Self> {
+        Self::boot_on(context, |builder| Ok(nets.into_iter().fold(builder, MicrovmBuilder::net)), change)
+    }
+
+    /// Boots the guest image with what `devices` adds and waits for its agent.
+    ///
+    /// # Errors
+    /// As [`boot`](Self::boot).
+    pub fn boot_on(
+        context: &Context,
+        devices: impl FnOnce(MicrovmBuilder) -> Result<MicrovmBuilder>,
+        change: impl FnOnce(&mut MicrovmConfig),
+    ) -> Result<Self> {
         let mut config = MicrovmConfig {
             kernel: context.image("vmlinux")?,
             initramfs: Some(context.image("initramfs")?),
@@ -79,7 +91,7 @@ impl Guest {
         let share = FsShare::new();
         let fs = Fs::new("katavm", share.clone())?;
         let builder = Microvm::builder(config).vsock(vsock).fs(fs).rng(Rng::new()?).balloon(Balloon::new()?);
-        let vm = nets.into_iter().fold(builder, MicrovmBuilder::net).build()?;
+        let vm = devices(builder)?.build()?;
         let listener = sockets.listen(ports::READY)?;
         vm.start()?;
         let ready = listener.accept(Some(LIMIT)).and_then(|mut stream| frame::read::<Ready>(&mut stream));

@@ -11,8 +11,10 @@ mod containerd;
 mod context;
 pub(crate) mod cri;
 mod crio;
+mod disk;
 mod docker;
 mod failing;
+mod files;
 mod guest;
 mod hostile;
 mod idmap;
@@ -22,6 +24,7 @@ mod manifest;
 mod memory;
 mod network;
 mod oci;
+mod plug;
 mod podman;
 mod process;
 mod rebuild;
@@ -97,7 +100,7 @@ pub fn cases(boot: Boot, long: bool) -> Vec<Case> {
     let tables: &[&[Table]] = match boot {
         Boot::Plain if long => &[
             FIRST,
-            &[failing::LONG, hostile::LONG, survive::LONG, memory::LONG],
+            &[failing::LONG, files::LONG, hostile::LONG, survive::LONG, memory::LONG, plug::LONG],
             &run::LONG_TABLES,
             &run::TABLES,
             LAST,
@@ -111,7 +114,16 @@ pub fn cases(boot: Boot, long: bool) -> Vec<Case> {
     tables.iter().copied().flatten().flat_map(rows).collect()
 }
 
-const FIRST: &[Table] = &[boot::CASES, agent::CASES, snapshot::CASES, network::CASES, traffic::CASES];
+const FIRST: &[Table] = &[
+    boot::CASES,
+    agent::CASES,
+    files::CASES,
+    disk::CASES,
+    plug::CASES,
+    snapshot::CASES,
+    network::CASES,
+    traffic::CASES,
+];
 const LAST: &[Table] = &[
     oci::CASES,
     limits::CASES,

@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use katavm_devices::balloon::Balloon;
+use katavm_devices::block::{Block, BlockConfig};
 use katavm_devices::fs::{ExportOptions, Fs, FsShare};
 use katavm_devices::net::Net;
 use katavm_devices::rng::Rng;
@@ -51,14 +52,19 @@ impl Saved {
     }
 }
 
-/// Takes a guest to pieces and puts it together again.
+/// Takes a guest to pieces and puts it together again, on the disks that `disks` opens in between.
 ///
 /// # Errors
 /// When it cannot be saved or built.
-pub fn here(context: &Context, guest: Guest, exports: &[(&str, &Path)]) -> Result<Guest> {
+pub fn here(
+    context: &Context,
+    guest: Guest,
+    exports: &[(&str, &Path)],
+    disks: impl FnOnce() -> Result<Vec<BlockConfig>>,
+) -> Result<Guest> {
     let ready = guest.ready.clone();
     let Saved { state, memory, streams, sockets, agent, runtime } = Saved::take(context, guest)?;
-    let (vm, share) = build(&state, &memory, streams, &sockets, exports)?;
+    let (vm, share) = build(&state, &memory, streams, &sockets, exports, disks()?)?;
     vm.resume()?;
     Ok(Guest { vm, sockets, share, ready, agent, runtime, rebuilt: true })
 }
@@ -70,6 +76,7 @@ fn build<P: AsRef<Path>, N: AsRef<str>>(
     streams: Vec<(ConnectionId, OwnedFd)>,
     sockets: &VsockHost,
     exports: &[(N, P)],
+    disks: Vec<BlockConfig>,
 ) -> Result<(Microvm, FsShare)> {
     let state: MicrovmState = postcard::from_bytes(state)?;
     let share = FsShare::new();
@@ -78,7 +85,7 @@ fn build<P: AsRef<Path>, N: AsRef<str>>(
     }
     let memory_mib = MicrovmConfig::default().memory_mib;
     let mut builder = Microvm::builder(MicrovmConfig { memory_mib, ..Default::default() });
-    let mut streams = Some(streams);
+    let (mut streams, mut disks) = (Some(streams), disks.into_iter());
     for device in &state.devices {
         builder = match device {
             DeviceState::Vsock(saved) => {
@@ -93,7 +100,10 @@ fn build<P: AsRef<Path>, N: AsRef<str>>(
             DeviceState::Rng(saved) => builder.rng(Rng::restore(saved)?),
             DeviceState::Balloon(saved) => builder.balloon(Balloon::restore(saved)?),
             DeviceState::Net(saved) => builder.net(Net::restore(saved)?),
-            DeviceState::Block(_) => bail!("this guest has no disk"),
+            DeviceState::Block(saved) => {
+                let disk = if saved.attached { Some(disks.next().context("a disk is missing")?) } else { None };
+                builder.block(Block::restore(saved, disk)?)
+            }
         };
     }
     let vm = builder.build_from(&state, &File::open(memory)?)?;
@@ -208,7 +218,7 @@ fn go_on() -> Result<()> {
     let streams = streams.into_iter().zip(descriptors).collect();
     // This process has no part in the guest's earlier life.
     let sockets = VsockHost::new()?;
-    let (vm, _share) = build(&fs::read(state)?, &memory, streams, &sockets, &exports)?;
+    let (vm, _share) = build(&fs::read(state)?, &memory, streams, &sockets, &exports, Vec::new())?;
     vm.resume()?;
     writeln!(report, "resumed")?;
     let reason = vm.wait();

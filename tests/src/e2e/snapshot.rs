@@ -141,7 +141,7 @@ fn here(context: &Context) -> Result<Verdict> {
     let mut busy = Busy::start(context, &guest)?;
     for part in 1..=2 {
         busy.echo.wait_for(part * ECHO / 4);
-        guest = rebuild::here(context, guest, &busy.exports())?;
+        guest = rebuild::here(context, guest, &busy.exports(), || Ok(Vec::new()))?;
         ensure!(busy.echo.missing() > 0, "no stream was busy any more");
         busy.files.read_more()?;
     }

@@ -9,6 +9,7 @@ use rustix::io::Errno;
 use rustix::path::DecInt;
 
 use super::credentials::without_fsetid;
+use super::held::Held;
 use super::init::Session;
 use super::inode::Node;
 use super::request::{Request, put};
@@ -84,11 +85,11 @@ impl Server {
             let cache = root::CACHE;
             return put(out, &AttrOut { attr_valid: cache.as_secs(), attr: root::attr(), ..AttrOut::default() });
         }
-        let node = self.nodes.get(request.header.nodeid)?;
+        let node = self.node(request.header.nodeid)?;
         self.reply_attr(&node, out)
     }
 
-    fn reply_attr(&self, node: &Node, out: &mut Buffers<'_>) -> Result<(), Errno> {
+    fn reply_attr(&self, node: &Held, out: &mut Buffers<'_>) -> Result<(), Errno> {
         let stat = lookup::stat(node)?;
         node.tell(&stat);
         let cache = node.export.options.cache;
@@ -106,8 +107,8 @@ impl Server {
             let attr_valid = root::CACHE.as_secs();
             return put(out, &StatxOut { attr_valid, mask, mode, nlink, ino, blksize, ..StatxOut::default() });
         }
-        let node = self.nodes.get(request.header.nodeid)?;
-        let stat = lookup::stat(&*node)?;
+        let node = self.node(request.header.nodeid)?;
+        let stat = lookup::stat(&node)?;
         node.tell(&stat);
         let cache = node.export.options.cache;
         let reply = StatxOut {
@@ -138,21 +139,28 @@ impl Server {
     pub(super) fn setattr(&self, request: &mut Request<'_>, out: &mut Buffers<'_>) -> Result<(), Errno> {
         let set: SetattrIn = request.read()?;
         let valid = SetattrValid::from_bits_truncate(set.valid);
-        let node = self.nodes.get(request.header.nodeid)?;
+        let node = self.node(request.header.nodeid)?;
         node.writable()?;
+        let (uid, gid) = (request.header.uid, request.header.gid);
+        if is_of_nothing(valid) && (uid == 0 || uid == node_owner(&node)?) {
+            // What is left of a chown(2) to nobody else, by who may: with FUSE_HANDLE_KILLPRIV_V2 the guest leaves it to its
+            // server to clear set-id bits, and has nothing else to say. It says the same before fallocate(2), of any caller.
+            let clear = || rustix::fs::chownat(&node, c"", None, None, AtFlags::EMPTY_PATH);
+            if uid == 0 { clear()? } else { without_fsetid(gid, clear)? }
+        }
         // The owner first: a change of it clears set-id bits, which a new mode may set again.
         if valid.intersects(SetattrValid::UID | SetattrValid::GID) {
             let uid = valid.contains(SetattrValid::UID).then(|| id(set.uid)).transpose()?.map(Uid::from_raw);
             let gid = valid.contains(SetattrValid::GID).then(|| id(set.gid)).transpose()?.map(Gid::from_raw);
-            rustix::fs::chownat(&*node, c"", uid, gid, AtFlags::EMPTY_PATH)?;
+            rustix::fs::chownat(&node, c"", uid, gid, AtFlags::EMPTY_PATH)?;
         }
         if valid.contains(SetattrValid::MODE) {
             let mode = Mode::from_bits_retain(set.mode & 0o7777);
-            rustix::fs::chmodat(self.proc_fds()?, DecInt::from_fd(&*node), mode, AtFlags::empty())?;
+            rustix::fs::chmodat(self.proc_fds()?, DecInt::from_fd(&node), mode, AtFlags::empty())?;
         }
         if valid.contains(SetattrValid::SIZE) {
             let truncate = || self.truncate(&node, valid.contains(SetattrValid::FH).then_some(set.fh), set.size);
-            if valid.contains(SetattrValid::KILL_SUIDGID) { without_fsetid(truncate)? } else { truncate()? }
+            if valid.contains(SetattrValid::KILL_SUIDGID) { without_fsetid(gid, truncate)? } else { truncate()? }
         }
         if valid.intersects(SetattrValid::ATIME | SetattrValid::MTIME) {
             let (atime, mtime) = (valid.contains(SetattrValid::ATIME), valid.contains(SetattrValid::MTIME));
@@ -160,12 +168,12 @@ impl Server {
                 last_access: timestamp(atime, valid.contains(SetattrValid::ATIME_NOW), set.atime, set.atimensec)?,
                 last_modification: timestamp(mtime, valid.contains(SetattrValid::MTIME_NOW), set.mtime, set.mtimensec)?,
             };
-            rustix::fs::utimensat(&*node, c"", &times, AtFlags::EMPTY_PATH)?;
+            rustix::fs::utimensat(&node, c"", &times, AtFlags::EMPTY_PATH)?;
         }
         self.reply_attr(&node, out)
     }
 
-    fn truncate(&self, node: &Node, fh: Option<u64>, size: u64) -> Result<(), Errno> {
+    fn truncate(&self, node: &Held, fh: Option<u64>, size: u64) -> Result<(), Errno> {
         if let Some(fh) = fh
             && let Ok(handle) = self.handles.get(fh, node.id)
             && handle.is_writable()
@@ -175,6 +183,15 @@ impl Server {
         let file: OwnedFd = self.open_regular(node, OFlags::WRONLY)?;
         rustix::fs::ftruncate(file, size)
     }
+}
+
+fn node_owner(node: &Held) -> Result<u32, Errno> {
+    Ok(lookup::stat(node)?.stx_uid)
+}
+
+/// Whether a request says nothing of what is to change.
+fn is_of_nothing(valid: SetattrValid) -> bool {
+    (valid - SetattrValid::FH - SetattrValid::LOCK_OWNER).is_empty()
 }
 
 /// An id that exists: -1 means "no change" to the host.

@@ -3,6 +3,7 @@
 //! Only regular files and directories are ever opened on the host; pipes, sockets and devices are the guest
 //! kernel's own business, and opening one here could block or do harm.
 
+use std::ffi::CStr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
@@ -12,6 +13,7 @@ use rustix::path::DecInt;
 
 use super::credentials::{as_caller, without_fsetid};
 use super::handles::Handle;
+use super::held::Held;
 use super::inode::Node;
 use super::lookup::{self, NAME_ROOM, resolve};
 use super::request::{Request, put};
@@ -41,11 +43,11 @@ impl Server {
     /// Opens what a descriptor stands for once more, with other flags.
     fn reopen(&self, fd: impl AsFd, flags: OFlags) -> Result<OwnedFd, Errno> {
         let file = rustix::fs::openat(self.proc_fds()?, DecInt::from_fd(fd), flags | OFlags::CLOEXEC, Mode::empty())?;
-        self.budget.admit(file)
+        self.admit(file)
     }
 
     /// Opens the regular file `node`.
-    pub(super) fn open_regular(&self, node: &Node, flags: OFlags) -> Result<OwnedFd, Errno> {
+    pub(super) fn open_regular(&self, node: &Held, flags: OFlags) -> Result<OwnedFd, Errno> {
         match node.kind {
             FileType::RegularFile => self.reopen(node, flags),
             FileType::Directory => Err(Errno::ISDIR),
@@ -55,7 +57,7 @@ impl Server {
     }
 
     /// Opens the directory `node`.
-    pub(super) fn open_directory(&self, node: &Node) -> Result<OwnedFd, Errno> {
+    pub(super) fn open_directory(&self, node: &Held) -> Result<OwnedFd, Errno> {
         if node.kind != FileType::Directory {
             return Err(Errno::NOTDIR);
         }
@@ -64,8 +66,8 @@ impl Server {
 
     pub(super) fn open(&self, request: &mut Request<'_>, out: &mut Buffers<'_>) -> Result<(), Errno> {
         let open: OpenIn = request.read()?;
-        let node = self.nodes.get(request.header.nodeid)?;
-        let reply = self.open_node(&node, host_flags(open.flags)?, open.open_flags)?;
+        let node = self.node(request.header.nodeid)?;
+        let reply = self.open_node(&node, host_flags(open.flags)?, kill_for(open.open_flags, request))?;
         put(out, &reply)
     }
 
@@ -74,26 +76,28 @@ impl Server {
         if request.header.nodeid == ROOT_ID {
             return put(out, &OpenOut::default());
         }
-        let node = self.nodes.get(request.header.nodeid)?;
+        let node = self.node(request.header.nodeid)?;
         let file = self.open_directory(&node)?;
-        let fh = self.handles.add(Handle::new(node, file, OFlags::RDONLY.bits()))?;
+        let fh = self.handles.add(Handle::new(Arc::clone(node.node()), file, OFlags::RDONLY.bits()))?;
         put(out, &OpenOut { fh, ..OpenOut::default() })
     }
 
-    fn open_node(&self, node: &Arc<Node>, flags: OFlags, open_flags: u32) -> Result<OpenOut, Errno> {
+    fn open_node(&self, node: &Held, flags: OFlags, kill_for: Option<u32>) -> Result<OpenOut, Errno> {
         if changes(flags) {
             node.writable()?;
         }
         let act = || self.open_regular(node, flags);
-        let kill = flags.contains(OFlags::TRUNC) && open_flags & wire::OPEN_KILL_SUIDGID != 0;
-        let file = if kill { without_fsetid(act)? } else { act()? };
+        let file = match kill_for.filter(|_| flags.contains(OFlags::TRUNC)) {
+            Some(gid) => without_fsetid(gid, act)?,
+            None => act()?,
+        };
         // Close-to-open consistency: the guest keeps the pages it has only if the file is as it last was told.
         let unchanged = node.tell(&lookup::stat(&file)?);
         self.reply_open(node, file, flags, unchanged)
     }
 
-    fn reply_open(&self, node: &Arc<Node>, file: OwnedFd, flags: OFlags, unchanged: bool) -> Result<OpenOut, Errno> {
-        let handle = Handle::new(Arc::clone(node), file, flags.bits());
+    fn reply_open(&self, node: &Held, file: OwnedFd, flags: OFlags, unchanged: bool) -> Result<OpenOut, Errno> {
+        let handle = Handle::new(Arc::clone(node.node()), file, flags.bits());
         let mut open_flags = if unchanged { wire::FOPEN_KEEP_CACHE } else { 0 };
         if !handle.is_writable() {
             open_flags |= wire::FOPEN_NOFLUSH;
@@ -109,18 +113,19 @@ impl Server {
         let parent = self.directory_to_change(request.header.nodeid)?;
         let name = request.rest(NAME_ROOM)?;
         let name = names::only(&name)?;
+        let kill_for = kill_for(create.open_flags, request);
         let exclusive = OFlags::from_bits_retain(create.flags).contains(OFlags::EXCL);
         let mode = Mode::from_bits_retain(create.mode & 0o7777);
         let make = OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC | flags & OFlags::ACCMODE;
         for _ in 0..ATTEMPTS {
             // Always exclusive: what is there already may be a pipe, on which an open would block.
-            match as_caller(&caller, || openat2(&*parent, name, make, mode, resolve(&parent))) {
-                Ok(file) => return self.reply_created(&parent, self.budget.admit(file)?, flags, out),
+            match as_caller(&caller, || openat2(&parent, name, make, mode, resolve(&parent))) {
+                Ok(file) => return self.reply_created(&parent, Some(name), self.admit(file)?, flags, out),
                 Err(Errno::EXIST) if !exclusive => {}
                 Err(error) => return Err(error),
             }
             match self.lookup_child(&parent, name) {
-                Ok((node, stat)) => return self.reply_existing(&node, &stat, flags, create.open_flags, out),
+                Ok((node, stat)) => return self.reply_existing(&node, &stat, flags, kill_for, out),
                 Err(Errno::NOENT) => {}
                 Err(error) => return Err(error),
             }
@@ -130,14 +135,14 @@ impl Server {
 
     fn reply_existing(
         &self,
-        node: &Arc<Node>,
+        node: &Held,
         stat: &Statx,
         flags: OFlags,
-        open_flags: u32,
+        kill_for: Option<u32>,
         out: &mut Buffers<'_>,
     ) -> Result<(), Errno> {
         let entry = self.entry(node, stat);
-        match self.open_node(node, flags, open_flags) {
+        match self.open_node(node, flags, kill_for) {
             Ok(open) => {
                 put(out, &entry)?;
                 put(out, &open)
@@ -159,14 +164,21 @@ impl Server {
         let exclusive = OFlags::from_bits_retain(create.flags) & OFlags::EXCL;
         let make = OFlags::TMPFILE | OFlags::CLOEXEC | flags & OFlags::ACCMODE | exclusive;
         let mode = Mode::from_bits_retain(create.mode & 0o7777);
-        let file = as_caller(&caller, || openat2(&*parent, c".", make, mode, ResolveFlags::empty()))?;
-        self.reply_created(&parent, self.budget.admit(file)?, flags, out)
+        let file = as_caller(&caller, || openat2(&parent, c".", make, mode, ResolveFlags::empty()))?;
+        self.reply_created(&parent, None, self.admit(file)?, flags, out)
     }
 
     /// Tells the guest of the new file `file`, which is in no table yet.
-    fn reply_created(&self, parent: &Node, file: OwnedFd, flags: OFlags, out: &mut Buffers<'_>) -> Result<(), Errno> {
+    fn reply_created(
+        &self,
+        parent: &Node,
+        name: Option<&CStr>,
+        file: OwnedFd,
+        flags: OFlags,
+        out: &mut Buffers<'_>,
+    ) -> Result<(), Errno> {
         // By descriptor, as the name may be another file's by now.
-        let (node, stat) = self.adopt(parent, self.reopen(&file, OFlags::PATH)?)?;
+        let (node, stat) = self.adopt(parent, name, self.reopen(&file, OFlags::PATH)?)?;
         let entry = self.entry(&node, &stat);
         let open = self.reply_open(&node, file, flags & OFlags::ACCMODE, true);
         match open {
@@ -180,4 +192,9 @@ impl Server {
             }
         }
     }
+}
+
+/// The group of a caller for whom set-id bits go when a file is cut off.
+fn kill_for(open_flags: u32, request: &Request<'_>) -> Option<u32> {
+    (open_flags & wire::OPEN_KILL_SUIDGID != 0).then_some(request.header.gid)
 }

@@ -61,17 +61,19 @@ pub fn as_caller<T>(caller: &Caller, act: impl FnOnce() -> Result<T, Errno>) -> 
     act()
 }
 
-/// Runs `act` without CAP_FSETID, so that the host clears set-id bits as it does for a caller without it.
+/// Runs `act` without CAP_FSETID and with the group `gid`, so that the host clears set-id bits as it does for a caller in this
+/// group who lacks that capability.
 ///
 /// # Errors
 /// Those of `act`.
-pub fn without_fsetid<T>(act: impl FnOnce() -> Result<T, Errno>) -> Result<T, Errno> {
+pub fn without_fsetid<T>(gid: u32, act: impl FnOnce() -> Result<T, Errno>) -> Result<T, Errno> {
     let before = capabilities(None)?;
     if !before.effective.contains(CapabilitySet::FSETID) {
         return act();
     }
+    let own = (fsuid(u32::MAX), fsgid(gid));
+    let _restore = Restore { own, groups: None, before };
     set_capabilities(None, CapabilitySets { effective: before.effective.difference(CapabilitySet::FSETID), ..before })?;
-    let _restore = RestoreCapabilities(before);
     act()
 }
 

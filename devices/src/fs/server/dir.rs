@@ -4,13 +4,13 @@ use std::collections::VecDeque;
 use std::ffi::{CStr, CString};
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
-use std::sync::PoisonError;
+use std::sync::{Arc, PoisonError};
 
 use rustix::fs::{FileType, RawDir, SeekFrom};
 use rustix::io::Errno;
 
 use super::Server;
-use super::inode::Node;
+use super::held::Held;
 use super::request::{Request, put, put_bytes};
 use super::wire::{Attr, Dirent, EntryOut, ROOT_ID, ReadIn};
 use crate::virtio::queue::Buffers;
@@ -122,6 +122,7 @@ impl Server {
         if handle.node.kind != FileType::Directory {
             return Err(Errno::NOTDIR);
         }
+        let parent = self.hold(Arc::clone(&handle.node))?;
         let mut stream = handle.stream.lock().unwrap_or_else(PoisonError::into_inner);
         stream.seek(&handle.file, read.offset)?;
         while let Some(entry) = stream.front(&handle.file)? {
@@ -129,13 +130,13 @@ impl Server {
                 // A buffer too small for one entry would look like the end.
                 return if out.consumed() == 0 { Err(Errno::INVAL) } else { Ok(()) };
             }
-            self.put_child(&handle.node, entry, out, plus)?;
+            self.put_child(&parent, entry, out, plus)?;
             stream.advance();
         }
         Ok(())
     }
 
-    fn put_child(&self, parent: &Node, entry: &Entry, out: &mut Buffers<'_>, plus: bool) -> Result<(), Errno> {
+    fn put_child(&self, parent: &Held, entry: &Entry, out: &mut Buffers<'_>, plus: bool) -> Result<(), Errno> {
         let is_dot = matches!(entry.name.to_bytes(), b"." | b"..");
         // What is above an export's root is none of the guest's business.
         let ino = if parent.is_export_root && is_dot { parent.key.ino } else { entry.ino };

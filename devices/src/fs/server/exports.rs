@@ -5,7 +5,7 @@ use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use super::names;
@@ -18,14 +18,17 @@ pub struct ExportOptions {
     /// How long the guest may trust names and attributes without asking. That is how late it can notice a change
     /// made on the host; zero asks each time.
     pub cache: Duration,
+    /// How long the guest may trust that a name does not exist. Programs look for their files in many places, so this saves
+    /// requests where only the guest makes files; zero asks each time.
+    pub cache_absent: Duration,
     /// Whether what is mounted inside the directory on the host is part of it. Otherwise its mount points give EXDEV.
     pub cross_mounts: bool,
 }
 
 impl Default for ExportOptions {
-    /// Writable, one second, mounts included.
+    /// Writable, one second for what is there and none for what is not, mounts included.
     fn default() -> Self {
-        Self { read_only: false, cache: Duration::from_secs(1), cross_mounts: true }
+        Self { read_only: false, cache: Duration::from_secs(1), cache_absent: Duration::ZERO, cross_mounts: true }
     }
 }
 
@@ -40,6 +43,8 @@ pub struct Export {
     pub options: ExportOptions,
     /// The directory or regular file.
     pub fd: Arc<OwnedFd>,
+    /// A descriptor to open file handles by, with the number of its mount; None when that does not work.
+    pub door: OnceLock<Option<(OwnedFd, u64)>>,
     /// Changes are not refused, whatever the options said at first.
     writable: AtomicBool,
     removed: AtomicBool,
@@ -48,7 +53,7 @@ pub struct Export {
 impl Export {
     fn new(id: u64, name: CString, options: ExportOptions, fd: Arc<OwnedFd>) -> Arc<Self> {
         let (writable, removed) = (AtomicBool::new(!options.read_only), AtomicBool::new(false));
-        Arc::new(Self { id, name, options, fd, writable, removed })
+        Arc::new(Self { id, name, options, fd, door: OnceLock::new(), writable, removed })
     }
 
     /// Whether the guest may change it.

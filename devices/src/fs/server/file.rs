@@ -1,9 +1,9 @@
 //! Work on open files.
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 
-use rustix::fs::{FallocateFlags, FileType, SeekFrom};
+use rustix::fs::{FallocateFlags, FileType, Mode, SeekFrom};
 use rustix::io::Errno;
 
 use super::credentials::without_fsetid;
@@ -42,8 +42,9 @@ impl Server {
             return Err(Errno::INVAL);
         }
         let mut act = || write_all(&handle, &mut request.body, size, &write);
-        let kill = write.write_flags & wire::WRITE_KILL_SUIDGID != 0;
-        let written = if kill { without_fsetid(act)? } else { act()? };
+        // The guest asks for it whenever the caller could not keep such bits; few files have them.
+        let kill = write.write_flags & wire::WRITE_KILL_SUIDGID != 0 && has_set_id_bits(&handle.file)?;
+        let written = if kill { without_fsetid(request.header.gid, act)? } else { act()? };
         // At most MAX_WRITE.
         put(out, &WriteOut { size: written as u32, padding: 0 })
     }
@@ -73,14 +74,14 @@ impl Server {
 
     pub(super) fn syncfs(&self, request: &mut Request<'_>, _out: &mut Buffers<'_>) -> Result<(), Errno> {
         if request.header.nodeid != ROOT_ID {
-            let node = self.nodes.get(request.header.nodeid)?;
+            let node = self.node(request.header.nodeid)?;
             return rustix::fs::syncfs(self.open_directory(&node)?);
         }
         // Exported files are left to fsync; their directories are not ours to open.
         for export in self.exports.after(0) {
             let found = super::root::export_root(&export)?;
             if found.kind() == FileType::Directory {
-                let node = self.nodes.intern(found)?;
+                let (node, _) = self.intern(found)?;
                 let synced = self.open_directory(&node).and_then(rustix::fs::syncfs);
                 self.nodes.forget(node.id, 1);
                 synced?;
@@ -103,7 +104,10 @@ impl Server {
         handle.node.writable()?;
         let (start, len) = (offset(fallocate.offset)?, offset(fallocate.length)?);
         let mode = FallocateFlags::from_bits_retain(fallocate.mode);
-        rustix::fs::fallocate(&handle.file, mode, start.cast_unsigned(), len.cast_unsigned())
+        let act = || rustix::fs::fallocate(&handle.file, mode, start.cast_unsigned(), len.cast_unsigned());
+        // Unlike a write, it does not say whether the caller could keep such bits.
+        let kill = request.header.uid != 0 && has_set_id_bits(&handle.file)?;
+        if kill { without_fsetid(request.header.gid, act) } else { act() }
     }
 
     pub(super) fn lseek(&self, request: &mut Request<'_>, out: &mut Buffers<'_>) -> Result<(), Errno> {
@@ -145,8 +149,8 @@ impl Server {
             let namelen = names::NAME_MAX as u32;
             return put(out, &StatfsOut { bsize: 4096, frsize: 4096, namelen, ..StatfsOut::default() });
         }
-        let node = self.nodes.get(request.header.nodeid)?;
-        let host = rustix::fs::fstatvfs(&*node)?;
+        let node = self.node(request.header.nodeid)?;
+        let host = rustix::fs::fstatvfs(&node)?;
         let small = |value: u64| u32::try_from(value).unwrap_or(u32::MAX);
         let reply = StatfsOut {
             blocks: host.f_blocks,
@@ -203,6 +207,12 @@ fn write_flags(write: &WriteIn) -> libc::c_int {
     flags
 }
 
+/// Whether a file has a set-user-ID or set-group-ID bit.
+fn has_set_id_bits(file: &OwnedFd) -> Result<bool, Errno> {
+    let mode = Mode::from_raw_mode(rustix::fs::fstat(file)?.st_mode);
+    Ok(mode.intersects(Mode::SUID | Mode::SGID))
+}
+
 /// A file offset of the host.
 fn offset(offset: u64) -> Result<i64, Errno> {
     i64::try_from(offset).map_err(|_| Errno::INVAL)
@@ -213,6 +223,7 @@ fn count(vectors: &[libc::iovec]) -> libc::c_int {
     vectors.len() as libc::c_int
 }
 
-fn last_error() -> Errno {
+/// Why the system call before failed.
+pub fn last_error() -> Errno {
     Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO)
 }

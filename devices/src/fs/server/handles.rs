@@ -50,11 +50,11 @@ impl Handles {
     /// Keeps a handle; gives its number, which is never given twice and never 0.
     ///
     /// # Errors
-    /// ESTALE when the export was removed meanwhile.
+    /// ESTALE when the export was removed or the file system unmounted meanwhile.
     pub fn add(&self, handle: Handle) -> Result<u64, Errno> {
         let mut table = self.lock();
-        // Under the lock, so that `drop_export` comes before this or after it.
-        if handle.node.export.is_removed() {
+        // Under the lock, so that `drop_where` comes before this or after it.
+        if handle.node.is_out_of_reach() {
             return Err(Errno::STALE);
         }
         table.last += 1;
@@ -88,10 +88,10 @@ impl Handles {
         self.lock().open.remove(&number).ok_or(Errno::BADF)
     }
 
-    /// Closes all handles of an export.
-    pub fn drop_export(&self, export: u64) {
+    /// Closes all handles of some nodes.
+    pub fn drop_where(&self, is_gone: impl Fn(&Node) -> bool) {
         let mut table = self.lock();
-        let gone: Vec<_> = table.open.extract_if(|_, handle| handle.node.key.export == export).collect();
+        let gone: Vec<_> = table.open.extract_if(|_, handle| is_gone(&handle.node)).collect();
         drop(table);
         drop(gone);
     }

@@ -1,13 +1,15 @@
 //! From names to nodes: LOOKUP, FORGET, and the replies that tell the guest of a node.
 
 use std::ffi::CStr;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Statx, StatxFlags, openat2};
 use rustix::io::Errno;
 
+use super::held::Held;
 use super::inode::{Found, Node};
+use super::mounts::Mounted;
 use super::names;
 use super::request::{Request, put};
 use super::wire::{BatchForgetIn, EntryOut, ForgetIn, ForgetOne, ROOT_ID, opcode};
@@ -18,7 +20,7 @@ use crate::virtio::queue::Buffers;
 pub const NAME_ROOM: usize = 4096;
 
 /// All that is ever asked of a file.
-const MASK: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFlags::BTIME).union(StatxFlags::MNT_ID);
+pub const MASK: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFlags::BTIME).union(StatxFlags::MNT_ID);
 
 /// `statx` of the file behind a descriptor.
 pub fn stat(fd: impl AsFd) -> Result<Statx, Errno> {
@@ -29,12 +31,21 @@ impl Server {
     pub(super) fn lookup(&self, request: &mut Request<'_>, out: &mut Buffers<'_>) -> Result<(), Errno> {
         let name = request.rest(NAME_ROOM)?;
         let name = names::only(&name)?;
-        let (node, stat) = if request.header.nodeid == ROOT_ID {
-            self.lookup_export(name)?
-        } else {
-            self.lookup_child(&*self.nodes.get(request.header.nodeid)?, name)?
-        };
-        put(out, &self.entry(&node, &stat))
+        if request.header.nodeid == ROOT_ID {
+            let (node, stat) = self.lookup_export(name)?;
+            return put(out, &self.entry(&node, &stat));
+        }
+        let parent = self.node(request.header.nodeid)?;
+        let absent = parent.export.options.cache_absent;
+        match self.lookup_child(&parent, name) {
+            Ok((node, stat)) => put(out, &self.entry(&node, &stat)),
+            // Node 0 is how FUSE says for how long there is none.
+            Err(Errno::NOENT) if !absent.is_zero() => {
+                let (entry_valid, entry_valid_nsec) = (absent.as_secs(), absent.subsec_nanos());
+                put(out, &EntryOut { entry_valid, entry_valid_nsec, ..EntryOut::default() })
+            }
+            Err(error) => Err(error),
+        }
     }
 
     pub(super) fn forget(&self, request: &mut Request<'_>) -> Result<(), Errno> {
@@ -52,24 +63,46 @@ impl Server {
     }
 
     /// The node of `name` in `parent`; counts one lookup.
-    pub(super) fn lookup_child(&self, parent: &Node, name: &CStr) -> Result<(Arc<Node>, Statx), Errno> {
+    pub(super) fn lookup_child(&self, parent: &Held, name: &CStr) -> Result<(Held, Statx), Errno> {
+        let found = self.find_child(parent, name)?;
+        self.intern(found)
+    }
+
+    /// The file `name` in `parent`.
+    pub(super) fn find_child(&self, parent: &Held, name: &CStr) -> Result<Found, Errno> {
         if parent.kind != FileType::Directory {
             return Err(Errno::NOTDIR);
         }
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let fd = openat2(parent, name, flags, Mode::empty(), resolve(parent))?;
-        self.adopt(parent, self.budget.admit(fd)?)
+        let fd = match self.mounted_on_original(parent, name) {
+            Some(fd) => fd,
+            None => openat2(parent, name, flags, Mode::empty(), resolve(parent))?,
+        };
+        let fd = self.admit(fd)?;
+        let stat = stat(&fd)?;
+        if stat.stx_mnt_id == parent.key.mount {
+            return Ok(found(parent, Some(name), Arc::new(fd), stat, parent.mount.clone()));
+        }
+        match self.mounted(parent, name, &fd, &stat) {
+            Some(mount) => {
+                Ok(found(parent, Some(name), Arc::clone(mount.root()), self::stat(mount.root())?, Some(mount)))
+            }
+            None => Ok(found(parent, Some(name), Arc::new(fd), stat, None)),
+        }
     }
 
-    /// The node of a file that was opened in `parent`; counts one lookup.
-    pub(super) fn adopt(&self, parent: &Node, fd: std::os::fd::OwnedFd) -> Result<(Arc<Node>, Statx), Errno> {
+    /// The node of a file that was made in `parent`; counts one lookup.
+    pub(super) fn adopt(&self, parent: &Node, name: Option<&CStr>, fd: OwnedFd) -> Result<(Held, Statx), Errno> {
         let stat = stat(&fd)?;
-        let dev = rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor);
-        let is_dir = FileType::from_raw_mode(stat.stx_mode.into()) == FileType::Directory;
-        let is_submount = is_dir && (stat.stx_mnt_id, dev) != (parent.key.mount, parent.key.dev);
-        let export = Arc::clone(&parent.export);
-        let found = Found { fd: Arc::new(fd), stat, export, is_export_root: false, is_submount };
-        Ok((self.nodes.intern(found)?, stat))
+        self.intern(found(parent, name, Arc::new(fd), stat, parent.mount.clone()))
+    }
+
+    /// The node of a file; counts one lookup.
+    pub(super) fn intern(&self, found: Found) -> Result<(Held, Statx), Errno> {
+        let stat = found.stat;
+        let node = self.nodes.intern(found)?;
+        self.make_room();
+        Ok((node, stat))
     }
 
     /// Tells the guest of `node`, as it is by `stat`.
@@ -90,10 +123,18 @@ impl Server {
     }
 
     /// Looks `name` up in `parent` and tells the guest of it: the reply of all that makes names.
-    pub(super) fn reply_entry(&self, parent: &Node, name: &CStr, out: &mut Buffers<'_>) -> Result<(), Errno> {
+    pub(super) fn reply_entry(&self, parent: &Held, name: &CStr, out: &mut Buffers<'_>) -> Result<(), Errno> {
         let (node, stat) = self.lookup_child(parent, name)?;
         put(out, &self.entry(&node, &stat))
     }
+}
+
+fn found(parent: &Node, name: Option<&CStr>, fd: Arc<OwnedFd>, stat: Statx, mount: Option<Arc<Mounted>>) -> Found {
+    let dev = rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor);
+    let place = name.map(|name| (parent.id, Arc::from(name)));
+    let is_dir = FileType::from_raw_mode(stat.stx_mode.into()) == FileType::Directory;
+    let is_submount = is_dir && (stat.stx_mnt_id, dev) != (parent.key.mount, parent.key.dev);
+    Found { fd, stat, export: Arc::clone(&parent.export), is_export_root: false, is_submount, mount, place }
 }
 
 /// How a name in `parent` is resolved.

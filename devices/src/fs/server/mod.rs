@@ -11,10 +11,13 @@ mod credentials;
 mod dir;
 mod exports;
 mod file;
+mod handle;
 mod handles;
+mod held;
 mod init;
 mod inode;
 mod lookup;
+mod mounts;
 mod names;
 mod namespace;
 mod persist;
@@ -27,7 +30,7 @@ mod xattr;
 use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
@@ -35,6 +38,7 @@ use zerocopy::IntoBytes;
 
 pub use exports::ExportOptions;
 pub use init::Session;
+pub use mounts::{HostMounts, MountEntry};
 pub use persist::RestoreReport;
 
 use crate::virtio::queue::Buffers;
@@ -42,6 +46,7 @@ use budget::Budget;
 use exports::Exports;
 use handles::Handles;
 use inode::Nodes;
+use mounts::Mounts;
 use request::Request;
 use wire::{AttrOut, EntryOut, InitOut, LseekOut, OpenOut, OutHeader, StatfsOut, StatxOut, WriteOut, opcode};
 
@@ -53,6 +58,7 @@ pub struct Server {
     nodes: Nodes,
     handles: Handles,
     budget: Budget,
+    mounts: Mounts,
     proc_fds: OnceLock<OwnedFd>,
 }
 
@@ -105,6 +111,11 @@ const fn operation(code: u32) -> Option<(usize, Handler)> {
 }
 
 impl Server {
+    /// One that serves mounts below its exports by copies.
+    pub fn over(mounts: Arc<dyn HostMounts>) -> Self {
+        Self { mounts: Mounts::over(mounts), ..Self::default() }
+    }
+
     /// Serves one request. Gives the number of bytes written to `reply`: 0 for requests that have no
     /// reply, and for those too broken to be answered.
     pub fn handle(&self, request: Buffers<'_>, mut reply: Buffers<'_>) -> usize {
@@ -173,8 +184,9 @@ impl Server {
     /// Removes an export and closes all that the guest had of it. False when there is none of that name.
     pub fn remove_export(&self, name: &str) -> bool {
         let Some(export) = self.exports.remove(name) else { return false };
-        self.handles.drop_export(export.id);
-        self.nodes.drop_export(export.id);
+        self.handles.drop_where(|node| node.key.export == export.id);
+        self.nodes.drop_where(|node| node.key.export == export.id);
+        self.mounts.drop_export(export.id);
         true
     }
 
@@ -183,6 +195,7 @@ impl Server {
         *self.session.lock().unwrap_or_else(PoisonError::into_inner) = None;
         self.handles.clear();
         self.nodes.clear();
+        self.mounts.clear();
     }
 
     fn session(&self) -> Option<Session> {

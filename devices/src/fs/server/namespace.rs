@@ -1,13 +1,13 @@
 //! Making, moving and removing names.
 
 use std::ffi::CStr;
-use std::sync::Arc;
 
 use rustix::fs::{AtFlags, FileType, Mode, RenameFlags, linkat, mkdirat, mknodat, renameat_with, symlinkat, unlinkat};
 use rustix::io::Errno;
 use rustix::path::DecInt;
 
 use super::credentials::{Caller, as_caller};
+use super::held::Held;
 use super::inode::Node;
 use super::lookup::NAME_ROOM;
 use super::request::{Request, put_bytes};
@@ -17,8 +17,8 @@ use crate::virtio::queue::Buffers;
 
 impl Server {
     /// The directory `nodeid`, in which something is to change.
-    pub(super) fn directory_to_change(&self, nodeid: u64) -> Result<Arc<Node>, Errno> {
-        let node = self.nodes.get(nodeid)?;
+    pub(super) fn directory_to_change(&self, nodeid: u64) -> Result<Held, Errno> {
+        let node = self.node(nodeid)?;
         node.writable()?;
         if node.kind == FileType::Directory { Ok(node) } else { Err(Errno::NOTDIR) }
     }
@@ -41,7 +41,7 @@ impl Server {
         let parent = self.directory_to_change(request.header.nodeid)?;
         let name = request.rest(NAME_ROOM)?;
         let name = names::only(&name)?;
-        as_caller(&caller, || mkdirat(&*parent, name, Mode::from_bits_retain(mkdir.mode & 0o7777)))?;
+        as_caller(&caller, || mkdirat(&parent, name, Mode::from_bits_retain(mkdir.mode & 0o7777)))?;
         self.reply_entry(&parent, name, out)
     }
 
@@ -56,7 +56,7 @@ impl Server {
             return Err(Errno::INVAL);
         }
         let mode = Mode::from_bits_retain(mknod.mode & 0o7777);
-        as_caller(&caller, || mknodat(&*parent, name, kind, mode, attr::decode_device(mknod.rdev)))?;
+        as_caller(&caller, || mknodat(&parent, name, kind, mode, attr::decode_device(mknod.rdev)))?;
         self.reply_entry(&parent, name, out)
     }
 
@@ -73,23 +73,23 @@ impl Server {
         if target.count_bytes() >= names::PATH_MAX {
             return Err(Errno::NAMETOOLONG);
         }
-        as_caller(&caller, || symlinkat(target, &*parent, name))?;
+        as_caller(&caller, || symlinkat(target, &parent, name))?;
         self.reply_entry(&parent, name, out)
     }
 
     pub(super) fn readlink(&self, request: &mut Request<'_>, out: &mut Buffers<'_>) -> Result<(), Errno> {
-        let node = self.nodes.get(request.header.nodeid)?;
+        let node = self.node(request.header.nodeid)?;
         if node.kind != FileType::Symlink {
             return Err(Errno::INVAL);
         }
-        let target = rustix::fs::readlinkat(&*node, c"", Vec::new())?;
+        let target = rustix::fs::readlinkat(&node, c"", Vec::new())?;
         put_bytes(out, target.as_bytes())
     }
 
     pub(super) fn link(&self, request: &mut Request<'_>, out: &mut Buffers<'_>) -> Result<(), Errno> {
         let link: LinkIn = request.read()?;
         let parent = self.directory_to_change(request.header.nodeid)?;
-        let old = self.nodes.get(link.oldnodeid)?;
+        let old = self.node(link.oldnodeid)?;
         let name = request.rest(NAME_ROOM)?;
         let name = names::only(&name)?;
         same_export(&old, &parent)?;
@@ -97,7 +97,7 @@ impl Server {
             return Err(Errno::PERM);
         }
         // By way of /proc: AT_EMPTY_PATH needs CAP_DAC_READ_SEARCH.
-        linkat(self.proc_fds()?, DecInt::from_fd(&*old), &*parent, name, AtFlags::SYMLINK_FOLLOW)?;
+        linkat(self.proc_fds()?, DecInt::from_fd(&old), &parent, name, AtFlags::SYMLINK_FOLLOW)?;
         self.reply_entry(&parent, name, out)
     }
 
@@ -112,7 +112,9 @@ impl Server {
     fn remove(&self, request: &mut Request<'_>, flags: AtFlags) -> Result<(), Errno> {
         let parent = self.directory_to_change(request.header.nodeid)?;
         let name = request.rest(NAME_ROOM)?;
-        unlinkat(&*parent, names::only(&name)?, flags)
+        let name = names::only(&name)?;
+        let _goes = self.hold_named(&parent, name);
+        unlinkat(&parent, name, flags)
     }
 
     pub(super) fn rename(&self, request: &mut Request<'_>, _out: &mut Buffers<'_>) -> Result<(), Errno> {
@@ -131,7 +133,14 @@ impl Server {
         let both = request.rest(2 * NAME_ROOM)?;
         let (old, new): (&CStr, &CStr) = names::two(&both)?;
         same_export(&from, &to)?;
-        renameat_with(&*from, old, &*to, new, RenameFlags::from_bits_retain(flags))
+        let _goes = self.hold_named(&to, new);
+        let flags = RenameFlags::from_bits_retain(flags);
+        renameat_with(&from, old, &to, new, flags)?;
+        self.note_place(&to, new);
+        if flags.contains(RenameFlags::EXCHANGE) {
+            self.note_place(&from, old);
+        }
+        Ok(())
     }
 }
 

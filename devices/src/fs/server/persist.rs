@@ -12,7 +12,8 @@ use rustix::path::DecInt;
 
 use super::exports::Export;
 use super::handles::Handle;
-use super::inode::{Found, Key, Node};
+use super::held::Held;
+use super::inode::{Found, Key, Node, Place};
 use super::{Server, lookup};
 use crate::fs::state::{FileState, FsState, HandleState, NodeState};
 
@@ -70,6 +71,8 @@ impl Server {
             self.exports.after(0).into_iter().map(|export| (export.id, export)).collect();
         // Device numbers may differ after a reboot or a new mount, but one stays one.
         let mut devices = HashMap::new();
+        let files = state.nodes.iter().filter_map(|node| Some((node.file.as_ref()?, node.id)));
+        let ids: HashMap<_, _> = files.map(|(file, id)| ((file.export, file.path.as_slice()), id)).collect();
         let sound = |saved: &&NodeState| (super::wire::ROOT_ID + 1..ID_MAX).contains(&saved.id) && saved.lookups > 0;
         for saved in state.nodes.iter().filter(sound) {
             let found = saved.file.as_ref().and_then(|file| {
@@ -80,8 +83,11 @@ impl Server {
                 let dev = Key::of(&found.export, &found.stat).dev;
                 (*devices.entry(file.dev).or_insert(dev) == dev).then_some(found)
             });
+            let found =
+                found.map(|found| Found { place: saved.file.as_ref().and_then(|file| place(file, &ids)), ..found });
             *(if found.is_some() { &mut report.nodes } else { &mut report.stale_nodes }) += 1;
             self.nodes.restore(saved.id, saved.lookups, found);
+            self.make_room();
         }
         self.nodes.reserve_ids(state.last_node.min(ID_MAX));
         for saved in &state.handles {
@@ -102,26 +108,65 @@ impl Server {
     }
 
     /// The host path of a descriptor, as the kernel knows it.
-    fn path_of(&self, fd: impl AsFd) -> Result<Vec<u8>, Errno> {
+    pub(super) fn path_of(&self, fd: impl AsFd) -> Result<Vec<u8>, Errno> {
         rustix::fs::readlinkat(self.proc_fds()?, DecInt::from_fd(fd), Vec::new()).map(CString::into_bytes)
     }
 
     /// Where `node` is beneath its export, if it can be found there.
-    fn locate(&self, node: &Node, root: &[u8]) -> Option<FileState> {
-        let path = if node.is_export_root {
-            Vec::new()
-        } else {
-            let path = self.path_of(node).ok()?;
+    fn locate(&self, node: &Arc<Node>, root: &[u8]) -> Option<FileState> {
+        let key = node.key;
+        let is_at = |path: Vec<u8>| {
+            let file =
+                FileState { export: key.export, path, dev: key.dev, ino: key.ino, is_submount: node.is_submount };
+            // The kernel marks deleted files in the path itself, so only trying tells what it means.
+            let found = self.find(&node.export, &file).ok()?;
+            let is_it = node.mark().is_none_or(|mark| mark.is_of(&found.fd, &found.stat));
+            (is_it && Key::of(&found.export, &found.stat) == key).then_some(file)
+        };
+        // One that was opened by a handle may have no path to the kernel.
+        let kernels = self.path_in_export(node, root).and_then(is_at);
+        kernels.or_else(|| self.path_by_names(node).and_then(is_at))
+    }
+
+    /// The path of `node` as the guest saw it.
+    fn path_by_names(&self, node: &Arc<Node>) -> Option<Vec<u8>> {
+        let mut names = Vec::new();
+        let mut node = Arc::clone(node);
+        while !node.is_export_root {
+            let (parent, name) = node.place()?;
+            names.push(name);
+            node = self.nodes.get(parent).ok().filter(|_| names.len() < libc::PATH_MAX as usize)?;
+        }
+        Some(names.iter().rev().map(|name| name.to_bytes()).collect::<Vec<_>>().join(&b'/'))
+    }
+
+    /// The path of `node` beneath its export, whose own path is `root`.
+    fn path_in_export(&self, node: &Arc<Node>, root: &[u8]) -> Option<Vec<u8>> {
+        if node.is_export_root {
+            return Some(Vec::new());
+        }
+        let path = self.path_of(node.open_fd()?).ok()?;
+        let Some(mounted) = &node.mount else {
             let rest = path.strip_prefix(root)?;
             // The root of a mount or of everything ends with a slash already.
             let rest = if root.ends_with(b"/") { rest } else { rest.strip_prefix(b"/")? };
-            rest.to_vec()
+            return Some(rest.to_vec());
         };
-        let key = node.key;
-        let file = FileState { export: key.export, path, dev: key.dev, ino: key.ino, is_submount: node.is_submount };
-        // The kernel marks deleted files in the path itself, so only trying tells what it means.
-        let found = self.find(&node.export, &file).ok()?;
-        (Key::of(&found.export, &found.stat) == key).then_some(file)
+        let (at, name) = mounted.at();
+        let directory = self.path_in_export(at, root).or_else(|| self.path_by_names(at))?;
+        let parts = [directory.as_slice(), name.to_bytes(), path.strip_prefix(b"/")?];
+        Some(parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(&b'/'))
+    }
+
+    /// The file at a path, a step at a time.
+    fn walk(&self, export: &Arc<Export>, path: &[u8]) -> Result<Found, Errno> {
+        let mut found = super::root::export_root(export)?;
+        for name in path.split(|byte| *byte == b'/') {
+            let name = CString::new(name).map_err(|_| Errno::INVAL)?;
+            let fd = Arc::clone(&found.fd);
+            found = self.find_child(&Held::new(Node::unlisted(found), fd), super::names::check(&name)?)?;
+        }
+        Ok(found)
     }
 
     fn find(&self, export: &Arc<Export>, file: &FileState) -> Result<Found, Errno> {
@@ -131,10 +176,16 @@ impl Server {
             let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
             let path = CString::new(file.path.as_slice()).map_err(|_| Errno::INVAL)?;
-            let fd = self.budget.admit(openat2(&export.fd, &path, flags, Mode::empty(), resolve)?)?;
-            let stat = lookup::stat(&fd)?;
-            let (fd, export, is_submount) = (Arc::new(fd), Arc::clone(export), file.is_submount);
-            Found { fd, stat, export, is_export_root: false, is_submount }
+            match openat2(&export.fd, &path, flags, Mode::empty(), resolve | ResolveFlags::NO_XDEV) {
+                Ok(fd) => {
+                    let fd = self.admit(fd)?;
+                    let stat = lookup::stat(&fd)?;
+                    let (fd, export, is_submount) = (Arc::new(fd), Arc::clone(export), file.is_submount);
+                    Found { fd, stat, export, is_export_root: false, is_submount, mount: None, place: None }
+                }
+                Err(Errno::XDEV) => self.walk(export, &file.path)?,
+                Err(error) => return Err(error),
+            }
         };
         if found.stat.stx_ino == file.ino { Ok(found) } else { Err(Errno::STALE) }
     }
@@ -143,7 +194,7 @@ impl Server {
         if !(1..ID_MAX).contains(&saved.fh) {
             return Err(Errno::INVAL);
         }
-        let node = self.nodes.get(saved.node)?;
+        let node = self.node(saved.node)?;
         let flags = OFlags::from_bits_retain(saved.flags) & OFlags::ACCMODE;
         if flags != OFlags::RDONLY {
             node.writable()?;
@@ -153,6 +204,17 @@ impl Server {
         } else {
             self.open_regular(&node, flags)?
         };
-        Ok(Handle::new(node, file, flags.bits()))
+        Ok(Handle::new(Arc::clone(node.node()), file, flags.bits()))
     }
+}
+
+/// Where a file of a snapshot is, if its directory is in the snapshot as well.
+fn place(file: &FileState, ids: &HashMap<(u64, &[u8]), u64>) -> Option<Place> {
+    let slash = file.path.iter().rposition(|byte| *byte == b'/');
+    let (directory, name) = match slash {
+        Some(slash) => (file.path.get(..slash)?, file.path.get(slash + 1..)?),
+        None => (&[][..], file.path.as_slice()),
+    };
+    let name = CString::new(name).ok().filter(|name| !name.is_empty())?;
+    Some((*ids.get(&(file.export, directory))?, name.into()))
 }

@@ -8,7 +8,8 @@ use rustix::fs::{FileType, Statx};
 use rustix::io::Errno;
 
 use super::exports::Export;
-use super::inode::{Found, Node};
+use super::held::Held;
+use super::inode::Found;
 use super::wire::{Attr, ROOT_ID};
 use super::{Server, lookup};
 
@@ -26,11 +27,10 @@ pub fn attr() -> Attr {
 
 impl Server {
     /// The node of the export `name`; counts one lookup.
-    pub(super) fn lookup_export(&self, name: &CStr) -> Result<(Arc<Node>, Statx), Errno> {
+    pub(super) fn lookup_export(&self, name: &CStr) -> Result<(Held, Statx), Errno> {
         let export = self.exports.find(name).ok_or(Errno::NOENT)?;
         let found = export_root(&export)?;
-        let stat = found.stat;
-        Ok((self.nodes.intern(found)?, stat))
+        self.intern(found)
     }
 }
 
@@ -38,5 +38,13 @@ impl Server {
 pub fn export_root(export: &Arc<Export>) -> Result<Found, Errno> {
     let stat = lookup::stat(&export.fd)?;
     let is_submount = FileType::from_raw_mode(stat.stx_mode.into()) == FileType::Directory;
-    Ok(Found { fd: Arc::clone(&export.fd), stat, export: Arc::clone(export), is_export_root: true, is_submount })
+    Ok(Found {
+        fd: Arc::clone(&export.fd),
+        stat,
+        export: Arc::clone(export),
+        is_export_root: true,
+        is_submount,
+        mount: None,
+        place: None,
+    })
 }

@@ -174,6 +174,8 @@ bitflags::bitflags! {
         const FH = 1 << 6;
         const ATIME_NOW = 1 << 7;
         const MTIME_NOW = 1 << 8;
+        const LOCK_OWNER = 1 << 9;
+        const CTIME = 1 << 10;
         const KILL_SUIDGID = 1 << 11;
     }
 }

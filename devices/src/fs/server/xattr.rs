@@ -1,14 +1,13 @@
 //! Extended attributes.
 
 use std::ffi::CStr;
-use std::sync::Arc;
 
 use rustix::fs::XattrFlags;
 use rustix::io::Errno;
 use rustix::path::DecInt;
 
 use super::credentials::without_fsetid;
-use super::inode::Node;
+use super::held::Held;
 use super::request::{Request, put, put_bytes};
 use super::wire::{GetxattrIn, InitFlags, ROOT_ID, SETXATTR_ACL_KILL_SGID, SetxattrIn, SetxattrInExt};
 use super::{Server, names};
@@ -36,7 +35,7 @@ fn check(name: &CStr) -> Result<&CStr, Errno> {
 
 /// By descriptor number, relative to the thread's working directory, `/proc/self/fd`: there are no
 /// calls for O_PATH descriptors, and the link leads to the file itself, also when that is a symbolic link.
-fn path(node: &Node) -> DecInt {
+fn path(node: &Held) -> DecInt {
     DecInt::from_fd(node)
 }
 
@@ -45,7 +44,7 @@ impl Server {
         let set: SetxattrIn = request.read()?;
         let extended = self.session().is_some_and(|session| session.has(InitFlags::SETXATTR_EXT));
         let extension: SetxattrInExt = if extended { request.read()? } else { SetxattrInExt::default() };
-        let node = self.nodes.get(request.header.nodeid)?;
+        let node = self.node(request.header.nodeid)?;
         node.writable()?;
         let bytes = request.rest(NAME_ROOM + SIZE_MAX)?;
         let (name, value) = names::split_string(&bytes)?;
@@ -54,11 +53,15 @@ impl Server {
             return Err(Errno::INVAL);
         }
         let act = || rustix::fs::setxattr(path(&node), name, value, XattrFlags::from_bits_retain(set.flags));
-        if extension.setxattr_flags & SETXATTR_ACL_KILL_SGID != 0 { without_fsetid(act) } else { act() }
+        if extension.setxattr_flags & SETXATTR_ACL_KILL_SGID != 0 {
+            without_fsetid(request.header.gid, act)
+        } else {
+            act()
+        }
     }
 
     pub(super) fn removexattr(&self, request: &mut Request<'_>, _out: &mut Buffers<'_>) -> Result<(), Errno> {
-        let node = self.nodes.get(request.header.nodeid)?;
+        let node = self.node(request.header.nodeid)?;
         node.writable()?;
         let bytes = request.rest(NAME_ROOM)?;
         rustix::fs::removexattr(path(&node), check(only(&bytes)?)?)
@@ -99,8 +102,8 @@ impl Server {
 
     /// The node of the request; the root has no attributes. A guest takes "not supported" for a failure where it asks for
     /// an access control list.
-    fn with_attributes(&self, request: &Request<'_>) -> Result<Arc<Node>, Errno> {
-        if request.header.nodeid == ROOT_ID { Err(Errno::NODATA) } else { self.nodes.get(request.header.nodeid) }
+    fn with_attributes(&self, request: &Request<'_>) -> Result<Held, Errno> {
+        if request.header.nodeid == ROOT_ID { Err(Errno::NODATA) } else { self.node(request.header.nodeid) }
     }
 }
 

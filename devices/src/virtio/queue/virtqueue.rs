@@ -158,7 +158,7 @@ impl VirtQueue {
     /// [`QueueError::Ring`].
     pub fn needs_notification(&mut self) -> Result<bool, QueueError> {
         let given = std::mem::take(&mut self.given);
-        if !self.queue.ready() {
+        if !self.queue.ready() || given.0 == 0 {
             return Ok(false);
         }
         // What was given back must be visible before the driver's wish is read, or each side may miss the other.

@@ -202,10 +202,16 @@ pub fn propagation(context: &Context) -> Result<Verdict> {
         })?;
         run(Command::new("mount").args(["-t", "tmpfs", "tmpfs"]).arg(folder.join("later")))?;
         fs::write(folder.join("later/file"), "x")?;
-        let seen = until("a later mount is not seen", || Ok(pod.sh(&id, "ls /volume/later")? == "file"));
-        // While the guest knows its files, the host cannot unmount it: docs/kubernetes.md.
+        let later = folder.join("later");
+        until("a later mount is not seen", || Ok(pod.sh(&id, "ls /volume/later")? == "file"))?;
+        pod.sh(&id, "echo by the guest >/volume/later/new; cat /volume/later/file >/dev/null")?;
+        run(Command::new("umount").arg(&later))?;
+        until("it is seen when it is gone", || Ok(pod.sh(&id, "ls /volume/later")?.is_empty()))?;
+        run(Command::new("mount").args(["-t", "tmpfs", "tmpfs"]).arg(&later))?;
+        fs::write(later.join("other"), "x")?;
+        let seen = until("another mount is not seen", || Ok(pod.sh(&id, "ls /volume/later")? == "other"));
+        run(Command::new("umount").arg(&later))?;
         pod.remove()?;
-        run(Command::new("umount").arg(folder.join("later")))?;
         seen
     })
 }

@@ -4,7 +4,7 @@ mod basics;
 mod bundle;
 mod debian;
 mod errors;
-mod katavm;
+pub(super) mod katavm;
 mod pty;
 mod streams;
 mod terminal;

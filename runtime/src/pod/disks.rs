@@ -1,0 +1,159 @@
+//! Disks of one container: file systems and block devices of the host that the guest has by itself.
+//!
+//! Each is put into an empty place of the machine and found there by the agent, before the container is made; both let go
+//! of it when the container's first process has ended.
+
+use std::sync::Arc;
+
+use katavm_devices::block::{BlockConfig, BlockError};
+use katavm_protocol::agent::{AttachDiskRequest, AttachDiskResponse};
+use katavm_vmm::MicrovmError;
+use serde_json::{Value, json};
+
+use super::PodError;
+use crate::host;
+use crate::sandbox::agent::Agent;
+use crate::sandbox::plan::Disk;
+use crate::sandbox::vm::Machine;
+use crate::sandbox::{Sandbox, blocking};
+
+/// Why a container does not get its disk.
+#[derive(Debug, thiserror::Error)]
+pub enum DiskError {
+    /// It cannot be opened.
+    #[error("mounts[{mount}]: cannot open {path} for the guest: {error}")]
+    Open {
+        /// Which mount.
+        mount: usize,
+        /// On the host.
+        path: std::path::PathBuf,
+        /// What the system said.
+        error: std::io::Error,
+    },
+    /// The machine does not take it.
+    #[error("mounts[{mount}]: {error}")]
+    Attach {
+        /// Which mount.
+        mount: usize,
+        /// Why not.
+        error: MicrovmError,
+    },
+    /// The configuration for the guest has no such mount.
+    #[error("cannot write the guest's configuration: {0}")]
+    Spec(#[from] serde_json::Error),
+}
+
+/// Disks that are attached.
+#[derive(Default)]
+pub struct Disks(Option<Attached>);
+
+struct Attached {
+    machine: Arc<dyn Machine>,
+    agent: Agent,
+    places: Vec<usize>,
+}
+
+impl Disks {
+    /// Attaches all of `disks`; the container's configuration with where they are.
+    ///
+    /// # Errors
+    /// Which one cannot be; none is attached then.
+    pub async fn attach(
+        sandbox: &Sandbox,
+        agent: &Agent,
+        disks: &[Disk],
+        spec: Vec<u8>,
+    ) -> Result<(Vec<u8>, Self), PodError> {
+        if disks.is_empty() {
+            return Ok((spec, Self(None)));
+        }
+        let mut json: Value = serde_json::from_slice(&spec).map_err(DiskError::from)?;
+        let mut all = Self(Some(Attached { machine: sandbox.machine(), agent: agent.clone(), places: Vec::new() }));
+        for disk in disks {
+            match all.add(disk).await {
+                Ok(found) => describe(&mut json, disk, &found),
+                Err(error) => {
+                    all.detach().await;
+                    return Err(error);
+                }
+            }
+        }
+        Ok((json.to_string().into(), all))
+    }
+
+    async fn add(&mut self, disk: &Disk) -> Result<AttachDiskResponse, PodError> {
+        let Some(Attached { machine, agent, places }) = &mut self.0 else {
+            return Err(DiskError::Attach { mount: disk.mount, error: MicrovmError::NoPlace }.into());
+        };
+        let (path, read_only, machine) = (disk.path.clone(), disk.read_only, Arc::clone(machine));
+        let opened = blocking(move || host::open_disk(&path, read_only)).await;
+        let file = opened.map_err(|error| DiskError::Open { mount: disk.mount, path: disk.path.clone(), error })?;
+        let config = BlockConfig::new(file, read_only, &format!("mount-{}", disk.mount));
+        let attached = tokio::task::spawn_blocking(move || machine.attach_disk(config)).await;
+        let attached = attached.unwrap_or_else(|error| Err(BlockError::from(std::io::Error::other(error)).into()));
+        let place = attached.map_err(|error| DiskError::Attach { mount: disk.mount, error })?;
+        places.push(place);
+        let place = number(place);
+        let (type_, options) = disk.file_system.clone().unwrap_or_default();
+        Ok(agent.attach_disk(&AttachDiskRequest { place, type_, options, ..Default::default() }).await?)
+    }
+
+    /// Has guest and machine let go of them.
+    pub async fn detach(&mut self) {
+        let Some(Attached { machine, agent, places }) = self.0.take() else { return };
+        for place in places {
+            if let Err(error) = agent.detach_disk(number(place)).await {
+                // The guest may be gone; if it is not, it gets errors from here on.
+                log::debug!("the guest does not let go of the disk at place {place}: {error}");
+            }
+            let machine = Arc::clone(&machine);
+            let _ = tokio::task::spawn_blocking(move || machine.detach_disk(place)).await;
+        }
+    }
+}
+
+fn number(place: usize) -> u32 {
+    u32::try_from(place).unwrap_or(u32::MAX)
+}
+
+/// Writes into the mount where the file system or the block device is in the guest, and for a block device the right to
+/// use it.
+fn describe(spec: &mut Value, disk: &Disk, found: &AttachDiskResponse) {
+    let mount = &mut spec["mounts"][disk.mount];
+    if disk.file_system.is_some() {
+        mount["source"] = json!(found.mounted);
+    } else {
+        mount["source"] = json!(found.device);
+        let access = if disk.read_only { "r" } else { "rw" };
+        let rule = json!({ "allow": true, "type": "b", "major": found.major, "minor": found.minor, "access": access });
+        match &mut spec["linux"]["resources"]["devices"] {
+            Value::Array(rules) => rules.push(rule),
+            none => *none = json!([rule]),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_guest_has_takes_the_place_of_the_hosts() {
+        let disk = |mount, is_node: bool| {
+            let file_system = (!is_node).then(|| ("ext4".to_owned(), Vec::new()));
+            Disk { mount, path: "/dev/sdz".into(), read_only: false, file_system }
+        };
+        let mounted = "/run/katavm/disks/7".to_owned();
+        let found =
+            AttachDiskResponse { device: "/dev/vdb".into(), major: 254, minor: 16, mounted, ..Default::default() };
+        let mut spec = json!({ "mounts": [{ "source": "/x" }, { "source": "/dev/sdz" }], "linux": {} });
+        describe(&mut spec, &disk(1, false), &found);
+        assert_eq!(spec["mounts"], json!([{ "source": "/x" }, { "source": "/run/katavm/disks/7" }]));
+        describe(&mut spec, &disk(0, true), &found);
+        assert_eq!(spec["mounts"][0]["source"], "/dev/vdb");
+        let rule = json!({ "allow": true, "type": "b", "major": 254, "minor": 16, "access": "rw" });
+        assert_eq!(spec["linux"]["resources"]["devices"], json!([rule]));
+        describe(&mut spec, &disk(0, true), &found);
+        assert_eq!(spec["linux"]["resources"]["devices"], json!([rule, rule]));
+    }
+}

@@ -1,0 +1,130 @@
+//! Files that a guest shares behave as on the host.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result, ensure};
+use katavm_protocol::agent::{CheckRequest, Exit};
+
+use super::agent::rootfs;
+use super::guest::Guest;
+use super::{Context, Row, Table, Verdict};
+use crate::files::{FSX, TABLE, compare, digest};
+
+/// The table.
+pub const CASES: Table = ("files", &[("behave_as_on_the_host", behave), ("are_what_was_written", written)]);
+
+/// All cases of the table, and an hour of random operations.
+pub const LONG: (&str, &[Row]) =
+    ("files_for_long", &[("behave_as_on_the_host", behave_in_all), ("are_what_was_written", written_for_long)]);
+
+/// Where a guest's program is, and what it tries.
+const PROGRAM: &str = "/program";
+const FOLDER: &str = "/tried";
+/// Of the table's cases, one in so many is tried in a short run: others with each caller, operation and kind of file.
+const STEP: &str = "19";
+/// Of random operations in a file, in seconds; there are two files at a time.
+const SHORT_TIME: u64 = 8;
+const LONG_TIME: u64 = 3600;
+
+/// A root file system with this program and the libraries that it has loaded.
+fn root_with_program(context: &Context) -> Result<PathBuf> {
+    let root = rootfs(context)?;
+    fs::copy(std::env::current_exe()?, root.join(PROGRAM.trim_start_matches('/')))?;
+    let maps = fs::read_to_string("/proc/self/maps")?;
+    let mapped = maps.lines().filter_map(|line| line.split_ascii_whitespace().nth(5));
+    let libraries: BTreeSet<&str> = mapped.filter(|path| path.contains(".so")).collect();
+    for library in libraries {
+        copy_into(&root, library, library)?;
+        if library.contains("/ld-linux") {
+            copy_into(&root, library, "/lib64/ld-linux-x86-64.so.2")?;
+        }
+    }
+    fs::create_dir(root.join(FOLDER.trim_start_matches('/')))?;
+    Ok(root)
+}
+
+fn copy_into(root: &Path, from: &str, to: &str) -> Result<()> {
+    let to = root.join(to.trim_start_matches('/'));
+    fs::create_dir_all(to.parent().context("a file at the root")?)?;
+    fs::copy(from, &to).with_context(|| format!("cannot copy {from}"))?;
+    Ok(())
+}
+
+fn done(output: &[u8], exit: &Exit) -> Result<String> {
+    let said = String::from_utf8_lossy(output).into_owned();
+    ensure!(exit.status == 0, "the program in the guest ended with {exit:?}:\n{}", tail(&said));
+    Ok(said)
+}
+
+fn tail(said: &str) -> String {
+    let lines: Vec<&str> = said.lines().collect();
+    lines.get(lines.len().saturating_sub(40)..).unwrap_or_default().join("\n")
+}
+
+fn behave(context: &Context) -> Result<Verdict> {
+    behave_in(context, STEP)
+}
+
+fn behave_in_all(context: &Context) -> Result<Verdict> {
+    behave_in(context, "1")
+}
+
+fn behave_in(context: &Context, step: &str) -> Result<Verdict> {
+    let root = root_with_program(context)?;
+    let on_host = root.join("on-host");
+    fs::create_dir(&on_host)?;
+    // Where devices may be opened, as in a guest: the lab's folder for temporary files says no.
+    let with_devices = "mount --bind \"$3\" \"$3\"; mount -o remount,bind,dev \"$3\"; exec \"$@\"";
+    let program = std::env::current_exe()?;
+    let host = Command::new("unshare")
+        .args(["-m", "sh", "-ec", with_devices, "sh"])
+        .args([program.as_os_str(), TABLE.as_ref(), on_host.as_os_str(), step.as_ref()])
+        .output()?;
+    ensure!(
+        host.status.success(),
+        "on the host: {}{}",
+        tail(&String::from_utf8_lossy(&host.stdout)),
+        tail(&String::from_utf8_lossy(&host.stderr))
+    );
+    let guest = Guest::boot(context, |_| ())?;
+    guest.sandbox()?;
+    let (output, exit) = guest.start_privileged("files", &root, &[PROGRAM, TABLE, FOLDER, step])?.wait(&guest)?;
+    context.note("host", host.stdout.clone());
+    context.note("guest", output.clone());
+    let cases = compare(&String::from_utf8_lossy(&host.stdout), &done(&output, &exit)?)?;
+    ensure!(cases >= 300, "only {cases} cases");
+    println!("{cases} cases are the same on host and guest");
+    guest.end()?;
+    Ok(Verdict::Passed)
+}
+
+fn written(context: &Context) -> Result<Verdict> {
+    at_random(context, SHORT_TIME)
+}
+
+fn written_for_long(context: &Context) -> Result<Verdict> {
+    at_random(context, LONG_TIME)
+}
+
+fn at_random(context: &Context, seconds: u64) -> Result<Verdict> {
+    let root = root_with_program(context)?;
+    let guest = Guest::boot(context, |_| ())?;
+    guest.sandbox()?;
+    let script = format!(
+        "{PROGRAM} {FSX} {FOLDER}/one 1 {seconds} >{FOLDER}/said & {PROGRAM} {FSX} {FOLDER}/other 2 {seconds}; code=$?
+         wait $! && cat {FOLDER}/said && exit $code"
+    );
+    let output = guest.run("random", &root, &["/bin/sh", "-c", &script])?;
+    let said = done(&output.stdout, &output.exit)?;
+    println!("{}", said.trim_end());
+    for file in ["one", "other"] {
+        let digest = format!("digest {:016x}", digest(&fs::read(root.join("tried").join(file))?));
+        ensure!(said.contains(&digest), "the host has another {file} than the guest: {digest} is not in\n{said}");
+    }
+    guest.ask(guest.agent.check(Guest::soon(), &CheckRequest::default()))?;
+    guest.end()?;
+    Ok(Verdict::Passed)
+}
