@@ -219,7 +219,8 @@ fn grown(context: &Context) -> Result<Verdict> {
 pub(super) fn work(device: &str) -> String {
     format!(
         "fio --name=w --filename={device} --ioengine=libaio --direct=1 --rw=randrw --bs=4k --iodepth=8 --size=8M \
-         --verify=crc32c --verify_fatal=1 --verify_state_save=0 --loops=1000000 >fio.out & w=$!; echo works
+         --verify=crc32c --verify_fatal=1 --verify_state_save=0 --loops=1000000 >fio.out & w=$!
+         until [ $(awk '{{ print $1 + $5 }}' /sys/class/block/$(basename {device})/stat) -gt 100 ]; do sleep 0.1; done; echo works
          while [ ! -e /dev/stop ] && kill -0 $w 2>/dev/null; do sleep 0.2; done
          kill -INT $w || {{ cat fio.out; exit 1; }}; wait $w || true; cat fio.out; ! grep -qi 'verify:' fio.out"
     )
@@ -237,7 +238,7 @@ pub(super) fn finish(guest: &Guest, works: impl IntoIterator<Item = Running>) ->
 
 /// Pauses, snapshots and another machine from the bytes, with requests under way by both engines.
 fn paused(context: &Context) -> Result<Verdict> {
-    const PAUSES: usize = 10;
+    const PAUSES: usize = 5;
     let (ring, plain) = (image(context, "ring", 8)?, image(context, "plain", 8)?);
     let disks = || Ok(vec![disk(&ring, by(EngineKind::IoUring))?, disk(&plain, by(EngineKind::Blocking))?]);
     let mut guest = Guest::boot_on(
