@@ -388,6 +388,12 @@ pub struct Update {
     /// Whether the container gets CPU time only when nobody else wants it: 1, or 0
     #[arg(long, value_name = "0|1")]
     pub cpu_idle: Option<i64>,
+    /// The period of --cpu-rt-runtime, in microseconds
+    #[arg(long, value_name = "USEC", hide = true)]
+    pub cpu_rt_period: Option<u64>,
+    /// CPU time of realtime scheduling in a period, in microseconds
+    #[arg(long, value_name = "USEC", hide = true, allow_hyphen_values = true)]
+    pub cpu_rt_runtime: Option<i64>,
     /// CPUs of the host that the guest's run on: 0-3,7
     #[arg(long, value_name = "LIST")]
     pub cpuset_cpus: Option<String>,
@@ -406,6 +412,12 @@ pub struct Update {
     /// Memory and swap together, in bytes
     #[arg(long, value_name = "BYTES", allow_hyphen_values = true)]
     pub memory_swap: Option<i64>,
+    /// Accepted: control groups have no such limit any more
+    #[arg(long, value_name = "BYTES", hide = true, allow_hyphen_values = true)]
+    pub kernel_memory: Option<String>,
+    /// Accepted: control groups have no such limit any more
+    #[arg(long, value_name = "BYTES", hide = true, allow_hyphen_values = true)]
+    pub kernel_memory_tcp: Option<String>,
     /// Number of processes and threads
     #[arg(long, value_name = "N", allow_hyphen_values = true)]
     pub pids_limit: Option<i64>,

@@ -49,6 +49,8 @@ fn from_options(options: &Update) -> Value {
         ("period", options.cpu_period.map(Value::from)),
         ("burst", options.cpu_burst.map(Value::from)),
         ("idle", options.cpu_idle.map(Value::from)),
+        ("realtimePeriod", options.cpu_rt_period.map(Value::from)),
+        ("realtimeRuntime", options.cpu_rt_runtime.map(Value::from)),
         ("cpus", options.cpuset_cpus.clone().map(Value::from)),
         ("mems", options.cpuset_mems.clone().map(Value::from)),
     ]);
