@@ -36,6 +36,8 @@ pub struct Arguments {
     pub publish_binary: Option<PathBuf>,
     /// Tell more in the log.
     pub debug: bool,
+    /// The configuration that containerd's options of the runtime name; given to a server by `start`.
+    pub config: Option<PathBuf>,
 }
 
 impl Arguments {
@@ -53,6 +55,7 @@ impl Arguments {
             bundle: None,
             publish_binary: None,
             debug: false,
+            config: None,
         };
         while let Some(argument) = arguments.next() {
             let Some(option) = argument.strip_prefix("--").or_else(|| argument.strip_prefix('-')) else {
@@ -75,6 +78,7 @@ impl Arguments {
                 "address" => parsed.address = value()?,
                 "bundle" => parsed.bundle = Some(value()?.into()),
                 "publish-binary" => parsed.publish_binary = Some(value()?.into()),
+                "config" => parsed.config = Some(value()?.into()),
                 "socket" => drop(value()?),
                 "debug" => parsed.debug = given.is_none_or(|given| given == "true"),
                 // They need nothing else.

@@ -8,12 +8,13 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult, LogLevel};
+use protobuf::well_known_types::any::Any;
 use protobuf::{Enum as _, Message as _};
 use serde_json::json;
 
 use super::arguments::Arguments;
-use super::containerd;
-use super::input;
+use super::options::config_path;
+use super::{containerd, input};
 
 /// How long containerd may take to write it; it has it at hand.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -28,6 +29,8 @@ const SINCE: u32 = 2;
 #[derive(Debug, Default, PartialEq)]
 pub struct Bootstrap {
     params: Option<BootstrapParams>,
+    /// The runtime's, from containerd's configuration.
+    options: Vec<Any>,
 }
 
 impl Bootstrap {
@@ -49,7 +52,19 @@ impl Bootstrap {
         let params = BootstrapParams::parse_from_bytes(bytes).ok();
         let repeats =
             |params: &BootstrapParams| params.instance_id == arguments.id && params.namespace == arguments.namespace;
-        Self { params: params.filter(repeats) }
+        match params.filter(repeats) {
+            Some(params) => {
+                let options = params.extensions.iter().filter_map(|extension| extension.value.as_ref().cloned());
+                Self { options: options.collect(), params: Some(params) }
+            }
+            None => Self { params: None, options: Any::parse_from_bytes(bytes).into_iter().collect() },
+        }
+    }
+
+    /// The configuration file that the runtime's options name (`ConfigPath`).
+    #[must_use]
+    pub fn config_path(&self) -> Option<PathBuf> {
+        self.options.iter().find_map(|options| config_path(Some(options)))
     }
 
     /// Where the server's socket is to be.
@@ -100,8 +115,8 @@ fn legacy(address: &str, containerd: Option<u32>) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
-    use protobuf::EnumOrUnknown;
-    use protobuf::well_known_types::any::Any;
+    use containerd_shim_protos::bootstrap_api::Extension;
+    use protobuf::{EnumOrUnknown, MessageField};
 
     use super::*;
 
@@ -148,8 +163,19 @@ mod tests {
         let cut = whole.get(..whole.len() - 1).unwrap();
         for bytes in [&[][..], b"\xff\xff", cut, &options.write_to_bytes().unwrap(), &other.write_to_bytes().unwrap()] {
             let bootstrap = Bootstrap::recognise(bytes, &arguments());
-            assert_eq!(bootstrap, Bootstrap::default(), "{bytes:?}");
+            assert_eq!((&bootstrap.params, bootstrap.config_path()), (&None, None), "{bytes:?}");
             assert_eq!(bootstrap.answer("unix:///a", &arguments(), Path::new("/nowhere")).unwrap(), b"unix:///a");
+        }
+    }
+
+    #[test]
+    fn the_configuration_is_named_in_either_form() {
+        let options =
+            Any { type_url: "runtimeoptions.v1.Options".into(), value: b"\x12\x02/c".into(), ..Default::default() };
+        let extension = Extension { value: MessageField::some(options.clone()), ..Default::default() };
+        let params = BootstrapParams { extensions: vec![extension], ..params() };
+        for bytes in [options.write_to_bytes().unwrap(), params.write_to_bytes().unwrap()] {
+            assert_eq!(Bootstrap::recognise(&bytes, &arguments()).config_path(), Some("/c".into()));
         }
     }
 

@@ -166,8 +166,8 @@ async fn run(arguments: &Arguments, root: &StateRoot, listener: UnixListener, si
             First::Container { .. } => None,
         };
         let planned = match wanted {
-            First::Container { request, io } => first(root, &request, io, signals),
-            First::Sandbox { id, bundle, config, .. } => empty(root, &id, &bundle, &config, signals),
+            First::Container { request, io } => first(arguments, root, &request, io, signals),
+            First::Sandbox { id, bundle, config, .. } => empty(arguments, root, &id, &bundle, &config, signals),
         };
         match planned {
             Ok((launch, outside)) => {
@@ -203,13 +203,14 @@ async fn run(arguments: &Arguments, root: &StateRoot, listener: UnixListener, si
 
 /// The same for a sandbox that is to be there before its first container.
 fn empty(
+    arguments: &Arguments,
     root: &StateRoot,
     id: &str,
     bundle: &Path,
     config: &SandboxConfig,
     signals: Signals,
 ) -> anyhow::Result<(Launch, Outside)> {
-    let options = options(None, Some(config.systemd_cgroup))?;
+    let options = options(arguments.config.as_deref(), Some(config.systemd_cgroup))?;
     let launch = Launch::empty(id.parse()?, bundle, config.spec.clone(), options)?;
     let outside = settle(root, &launch, None, signals)?;
     Ok((launch, outside))
@@ -217,9 +218,16 @@ fn empty(
 
 /// Everything of a pod's first container that is settled before there is a virtual machine, while this process has one
 /// thread.
-fn first(root: &StateRoot, request: &CreateTaskRequest, io: Io, signals: Signals) -> anyhow::Result<(Launch, Outside)> {
+fn first(
+    arguments: &Arguments,
+    root: &StateRoot,
+    request: &CreateTaskRequest,
+    io: Io,
+    signals: Signals,
+) -> anyhow::Result<(Launch, Outside)> {
     let bundle = Path::new(&request.bundle);
-    let options = options(config_path(request.options.as_ref()).as_deref(), None)?;
+    let configuration = config_path(request.options.as_ref()).or_else(|| arguments.config.clone());
+    let options = options(configuration.as_deref(), None)?;
     let launch = Launch::plan(root, request.id.parse()?, bundle, options)?;
     if let Some(pod) = &launch.pod {
         bail!("container {} cannot join the sandbox of {}: containerd made them apart", launch.id, pod.peer.record.id);

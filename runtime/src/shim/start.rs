@@ -39,6 +39,9 @@ pub fn start(arguments: &Arguments) -> anyhow::Result<Vec<u8>> {
         if arguments.debug || bootstrap.debug() {
             server.arg("-debug");
         }
+        if let Some(path) = bootstrap.config_path() {
+            server.arg("-config").arg(path);
+        }
         if let Some(address) = bootstrap.ttrpc_address() {
             server.env(TTRPC_ADDRESS, address);
         }

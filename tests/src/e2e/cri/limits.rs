@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 use protobuf::MessageField;
 use serde_json::json;
 
-use super::node::until;
+use super::node::{DEFAULT_MIB, until};
 use super::{Context, Pod, Verdict, on_node};
 use crate::cri::messages::UInt64Value;
 
@@ -28,6 +28,18 @@ pub fn size(context: &Context) -> Result<Verdict> {
         ensure!(((300 << 20)..(600 << 20)).contains(&limit), "{limit}");
         let processes = std::fs::read_to_string(group.join("cgroup.procs"))?;
         ensure!(processes.lines().count() >= 2, "{processes:?}: the sandbox is not in the pod's control group");
+        pod.remove()
+    })
+}
+
+/// Without limits it is what the configuration says that containerd's names.
+pub fn default_size(context: &Context) -> Result<Verdict> {
+    on_node(context, |node| {
+        let pod = Pod::run(node, "default", |_| ())?;
+        let id = pod.idle("main")?;
+        let seen: u64 = pod.sh(&id, "awk '/MemTotal/ { print int($2 / 1024) }' /proc/meminfo")?.parse()?;
+        // What the kernel keeps for itself is not in its total; 512 would be katavm's own default.
+        ensure!((DEFAULT_MIB - 60..DEFAULT_MIB).contains(&seen), "{seen} MiB");
         pod.remove()
     })
 }

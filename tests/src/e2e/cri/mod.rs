@@ -38,6 +38,7 @@ pub const CASES: Table = (
         ("a_container_is_attached_to", streams::attach),
         ("logs_are_whole_and_can_be_rotated", streams::logs),
         ("a_pod_has_the_size_of_its_containers", limits::size),
+        ("a_pod_without_limits_has_the_size_of_the_configuration", limits::default_size),
         ("limits_can_be_changed", limits::update),
         ("what_is_used_is_told", limits::stats),
         ("volumes_of_each_kind", volumes::kinds),
@@ -61,6 +62,9 @@ pub const SANDBOXER: Table = (
         ("containers_see_each_other_on_localhost", |context| by_sandboxer(context, together::localhost)),
         ("commands_have_their_streams", |context| by_sandboxer(context, streams::exec)),
         ("a_pod_has_the_size_of_its_containers", |context| by_sandboxer(context, limits::size)),
+        ("a_pod_without_limits_has_the_size_of_the_configuration", |context| {
+            by_sandboxer(context, limits::default_size)
+        }),
         ("security_contexts_are_honoured", |context| by_sandboxer(context, security::contexts)),
         ("a_port_is_forwarded", |context| by_sandboxer(context, network::forwarded)),
         ("a_killed_server_is_noticed_and_nothing_stays", |context| by_sandboxer(context, killed::server)),

@@ -16,6 +16,8 @@ use crate::e2e::agent::whole_rootfs;
 
 /// containerd's socket.
 const SOCKET: &str = "/run/containerd/containerd.sock";
+/// The RAM of a guest whose pod has no limits, by the configuration that containerd's names.
+pub const DEFAULT_MIB: u64 = 448;
 /// The bridge of the pods.
 const BRIDGE: &str = "cni0";
 /// How long containerd may take to be ready, and to end.
@@ -78,9 +80,11 @@ runtime_type = "io.containerd.runc.v2"
 runtime_type = "io.containerd.katavm.v2"
 privileged_without_host_devices = true
 {sandboxer}
+[plugins."{runtime}".containerd.runtimes.katavm.options]
+ConfigPath = "{0}/katavm.toml"
 [plugins."{runtime}".cni]
 {cni}
-conf_dir = "{}/net.d"
+conf_dir = "{0}/net.d"
 "#,
             folder.display()
         )
@@ -104,6 +108,7 @@ impl Node {
         fs::create_dir(path.join("net.d"))?;
         fs::write(path.join("net.d/10-bridge.conflist"), network().to_string())?;
         fs::write(path.join("config.toml"), flavour.config(path))?;
+        fs::write(path.join("katavm.toml"), format!("[guest]\nmemory = \"{DEFAULT_MIB}M\"\n"))?;
         image::run(Command::new("ip").args(["link", "add", BRIDGE, "type", "bridge"]))?;
         let containerd = spawn(flavour, path)?;
         let node = Self { folder, flavour, containerd, cri: Cri::at(Path::new(SOCKET)) };
