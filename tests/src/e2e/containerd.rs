@@ -51,11 +51,12 @@ const VERSIONS: [Version; 3] = [
     Version { number: "2", task_api: "3", snapshotters: &["native", "blockfile", "erofs"], shows_info: true },
 ];
 
-const fn rows<const V: usize>() -> [Row; 7] {
+const fn rows<const V: usize>() -> [Row; 8] {
     [
         ("runs_and_looks_after_a_container", container::<V>),
         ("takes_the_root_file_system_of_each_snapshotter", snapshotters::<V>),
         ("tells_each_event_once_and_in_order", events::<V>),
+        ("tells_each_event_once_under_kills", events_under_kills::<V>),
         ("a_pod_is_one_sandbox", pod::<V>),
         ("agrees_on_the_task_api_and_learns_what_the_runtime_can_do", agreement::<V>),
         ("a_killed_shim_is_noticed_and_nothing_stays", killed_shim::<V>),
@@ -194,6 +195,28 @@ fn events<const V: usize>(context: &Context) -> Result<Verdict> {
         "as runc",
     ];
     expect(&output, &expected)?;
+    Ok(Verdict::Passed)
+}
+
+/// The server is killed, with runc's beside it; and the guest's kernel.
+fn events_under_kills<const V: usize>(context: &Context) -> Result<Verdict> {
+    let output = containerd::<V>(
+        context,
+        "life() {
+             rm -f events; ctr events >events 2>&1 & listener=$!
+             until [ -s events ]; do ctr namespace label default probe=$RANDOM; sleep 0.2; done
+             ctr run --runtime io.containerd.$1.v2 -d --privileged $image c1 sh -c \"$2\" </dev/null; $3
+             until [ \"$(status c1)\" != RUNNING ]; do sleep 0.1; done
+             ctr task rm c1 >p 2>&1 || true; ctr container rm c1
+             until grep -q /containers/delete events; do sleep 0.1; done; kill $listener
+             awk '$6 ~ /tasks/ { print $6 }' events
+         }
+         life runc 'sleep 1000' 'pkill -KILL -x containerd-shim' >runc
+         life katavm 'sleep 1000' 'pkill -KILL -x katavm-sandbox'; cmp runc <(awk '$6 ~ /tasks/ { print $6 }' events) && echo as runc
+         life katavm 'sleep 2; echo c >/proc/sysrq-trigger' true; gone",
+    )?;
+    let told = ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"];
+    expect(&output, &[&told[..], &["as runc"], &told].concat())?;
     Ok(Verdict::Passed)
 }
 
