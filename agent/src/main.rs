@@ -16,6 +16,9 @@ pub extern "C" fn main(_argc: i32, _argv: *const *const std::ffi::c_char) -> i32
     if helper::id_map::is_id_map(&program) {
         return helper::id_map::run(&program, arguments);
     }
+    if helper::pause::is_pause(&program) {
+        return helper::pause::run();
+    }
     let name = arguments.next().unwrap_or_default();
     match (name.to_str(), arguments.next()) {
         (Some(name), Some(directory)) if helper::is_helper(name) => helper::run(Path::new(&directory)),

@@ -89,12 +89,6 @@ pub fn shared_namespaces(
         let Some(path) = namespace(spec, kind) else { continue };
         let is_peer = |found: &Found| found.record.id != *id && Some(found.record.sandbox_pid) == sandbox;
         match owner(root, path, file, is_peer)? {
-            // Its processes are the guest's own: the pod's containers are not to see them.
-            Some(found) if found.record.is_sandbox && kind == LinuxNamespaceType::Pid => {
-                log::warn!(
-                    "config.json: linux.namespaces: the containers of a sandbox do not share their processes yet"
-                );
-            }
             Some(found) if found.record.is_sandbox => drop(shared.insert(kind, Owner::Guest)),
             Some(found) => drop(shared.insert(kind, Owner::Container(found.record.id))),
             None if is_first => {}

@@ -13,7 +13,7 @@ pub mod agent_ttrpc {
 }
 
 /// What the path of a namespace in a container's specification begins with when it is that of another container of
-/// the sandbox, whose id follows.
+/// the sandbox, whose id follows; with no id a pid namespace is the pod's.
 pub const CONTAINER: &str = "container:";
 
 pub mod frame;

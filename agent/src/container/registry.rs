@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use katavm_protocol::agent::{CreateContainerRequest, CreateExecRequest, Exit, Stdio};
@@ -19,11 +20,15 @@ use crate::helper::{CreateTask, ExecTask, Task};
 use crate::reaper::{Birth, Ended, Reaper};
 use crate::sandbox;
 use crate::streams::Ends;
+use crate::streams::Pipes;
 use crate::streams::console::{ConsoleSocket, resize, set_owner};
 
 /// The containers, the table of their processes' ends, and the events about them.
 pub struct Containers {
     containers: Mutex<HashMap<String, Entry>>,
+    /// The first process of the pid namespace that containers share where none of them is the pod's first.
+    /// With whether it has ended, which nothing but the want of memory brings about.
+    pause: tokio::sync::Mutex<Option<(i32, Arc<AtomicBool>)>>,
     /// Ends of processes.
     pub reaper: Arc<Reaper>,
     /// What happens.
@@ -80,7 +85,7 @@ struct Plan<'a> {
 impl Containers {
     /// None yet.
     pub fn new(reaper: Arc<Reaper>, events: Arc<Events>) -> Self {
-        Self { containers: Mutex::default(), reaper, events }
+        Self { containers: Mutex::default(), pause: tokio::sync::Mutex::default(), reaper, events }
     }
 
     /// Makes a container whose process waits to be started; its pid.
@@ -104,7 +109,12 @@ impl Containers {
         }
         request.tmpfs.iter().try_for_each(sandbox::make_tmpfs)?;
         sandbox::mount_shared_sources(&spec);
-        spec::join_namespaces(&mut spec, |other| Ok(self.process(other, "")?.pid))?;
+        let pause = if spec::joins_the_pods_pids(&spec) { Some(self.pause().await?) } else { None };
+        let pid_of = |other: &str| match pause.filter(|_| other.is_empty()) {
+            Some(pid) => Ok(pid),
+            None => Ok(self.process(other, "")?.pid),
+        };
+        spec::join_namespaces(&mut spec, pid_of)?;
         let copy_up = spec::take_copy_ups(&mut spec);
         let directory = Directory::make(Path::new(super::DIR))
             .map_err(|error| Error::io(format_args!("cannot make the directory of {id}"), error))?;
@@ -132,6 +142,25 @@ impl Containers {
         self.lock().insert(id.clone(), Entry::Made(Arc::clone(&container)));
         claim.keep();
         self.watch_oom(&container);
+        Ok(pid)
+    }
+
+    /// The first process of the pid namespace that containers share, made when it is asked for.
+    async fn pause(&self) -> Result<i32, Error> {
+        let mut pause = self.pause.lock().await;
+        if let Some((pid, ended)) = &*pause
+            && !ended.load(Ordering::Acquire)
+        {
+            return Ok(*pid);
+        }
+        let directory = Directory::make(Path::new(super::DIR))
+            .map_err(|error| Error::io("cannot make the directory of a first process", error))?;
+        write_json(&directory.path().join("task.json"), &Task::Pause)?;
+        let birth = self.reaper.birth();
+        let pid = launch(&self.reaper, &birth, directory.path(), Task::Pause, Pipes::default()).await?;
+        let ended = Arc::new(AtomicBool::new(false));
+        *pause = Some((pid, Arc::clone(&ended)));
+        self.reaper.await_end(&birth, pid, move |_| ended.store(true, Ordering::Release));
         Ok(pid)
     }
 

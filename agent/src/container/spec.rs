@@ -72,6 +72,16 @@ fn root_propagation(name: &str) -> Result<&str, Error> {
     }
 }
 
+/// Whether it asks for the pid namespace of the pod, which is no container's.
+#[must_use]
+pub fn joins_the_pods_pids(spec: &Spec) -> bool {
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_deref()).unwrap_or_default();
+    let is_pods = |path: &Path| path == Path::new(CONTAINER);
+    namespaces
+        .iter()
+        .any(|namespace| namespace.typ() == LinuxNamespaceType::Pid && namespace.path().as_deref().is_some_and(is_pods))
+}
+
 /// Finds the namespaces that are shared with other containers, by the pid of the first process of each.
 ///
 /// # Errors
@@ -266,6 +276,10 @@ mod tests {
         let namespaces = spec.linux().as_ref().unwrap().namespaces().clone().unwrap();
         assert_eq!(namespaces[0].path().as_deref(), Some(Path::new("/proc/7/ns/ipc")));
         assert_eq!(namespaces[1].path().as_deref(), None);
+        assert!(!joins_the_pods_pids(&spec));
+        let mut of_pod = json.clone();
+        of_pod["linux"]["namespaces"][0] = serde_json::json!({"type": "pid", "path": "container:"});
+        assert!(joins_the_pods_pids(&adapted(of_pod).unwrap()));
         let gone = join_namespaces(&mut adapted(json).unwrap(), |id| Err(Error::NotFound(id.into())));
         assert!(gone.is_err());
     }

@@ -11,6 +11,7 @@ mod exec;
 pub mod id_map;
 mod inside;
 mod lookup;
+pub mod pause;
 mod program;
 mod report;
 mod trace;
@@ -34,6 +35,8 @@ pub enum Task {
     Create(CreateTask),
     /// A further one.
     Exec(Box<ExecTask>),
+    /// The first one of the pid namespace of a pod.
+    Pause,
 }
 
 /// A container by the `config.json` of the directory.
@@ -66,13 +69,14 @@ impl Task {
         match self {
             Self::Create(_) => "container-create",
             Self::Exec(_) => "container-exec",
+            Self::Pause => "pod-pause",
         }
     }
 }
 
 /// Whether this execution of the binary is a helper's.
 pub fn is_helper(name: &str) -> bool {
-    matches!(name, "container-create" | "container-exec")
+    matches!(name, "container-create" | "container-exec" | "pod-pause")
 }
 
 /// Does the task of `directory`; the status to exit with.
@@ -86,6 +90,7 @@ pub fn run(directory: &Path) -> i32 {
         match task {
             Task::Create(task) => create::run(directory, &task),
             Task::Exec(task) => exec::run(directory, *task),
+            Task::Pause => pause::make(),
         }
     });
     match result {

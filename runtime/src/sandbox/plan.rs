@@ -422,13 +422,16 @@ fn strip(spec: &mut Spec, shared: &SharedNamespaces) {
     linux.set_mount_label(None);
     linux.set_memory_policy(None);
     if let Some(namespaces) = linux.namespaces_mut() {
-        // A container without one is in the guest's.
-        namespaces.retain(|namespace| shared.get(&namespace.typ()) != Some(&Owner::Guest));
+        // A container without one is in the guest's, whose processes are not for containers: the pod has others.
+        namespaces.retain(|namespace| {
+            shared.get(&namespace.typ()) != Some(&Owner::Guest) || namespace.typ() == LinuxNamespaceType::Pid
+        });
         for namespace in namespaces {
             // The agent knows where the other container's is.
             let owner = match shared.get(&namespace.typ()) {
                 Some(Owner::Container(id)) => Some(PathBuf::from(format!("{CONTAINER}{id}"))),
-                Some(Owner::Guest) | None => None,
+                Some(Owner::Guest) => Some(PathBuf::from(CONTAINER)),
+                None => None,
             };
             namespace.set_path(owner.filter(|_| namespace.path().is_some()));
         }
@@ -489,6 +492,17 @@ mod tests {
         let plan = Plan::new(&"c1".parse().unwrap(), &bundle, SizeOptions::default(), &HashMap::new()).unwrap();
         let spec = serde_json::from_slice(&plan.guest_spec).unwrap();
         (plan, spec)
+    }
+
+    #[test]
+    fn a_pods_processes_are_no_containers_and_not_the_guests() {
+        let mut spec: Spec = serde_json::from_value(json!({
+            "ociVersion": "1.2.0", "linux": { "namespaces": [{ "type": "pid", "path": "/proc/1/ns/pid" }] },
+        }))
+        .unwrap();
+        strip(&mut spec, &SharedNamespaces::from([(LinuxNamespaceType::Pid, Owner::Guest)]));
+        let spec = serde_json::to_value(spec).unwrap();
+        assert_eq!(spec["linux"]["namespaces"], json!([{ "type": "pid", "path": "container:" }]));
     }
 
     #[test]

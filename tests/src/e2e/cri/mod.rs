@@ -60,6 +60,7 @@ pub const SANDBOXER: Table = (
         ("a_pod_from_the_first_call_to_the_last", |context| by_sandboxer(context, life::whole)),
         ("stopped_and_removed_in_any_order", |context| by_sandboxer(context, life::any_order)),
         ("containers_see_each_other_on_localhost", |context| by_sandboxer(context, together::localhost)),
+        ("a_pod_may_share_its_processes", |context| by_sandboxer(context, together::pids)),
         ("commands_have_their_streams", |context| by_sandboxer(context, streams::exec)),
         ("a_pod_has_the_size_of_its_containers", |context| by_sandboxer(context, limits::size)),
         ("a_pod_without_limits_has_the_size_of_the_configuration", |context| {
