@@ -63,9 +63,6 @@ pub const SANDBOXER: Table = (
         ("a_pod_may_share_its_processes", |context| by_sandboxer(context, together::pids)),
         ("commands_have_their_streams", |context| by_sandboxer(context, streams::exec)),
         ("a_pod_has_the_size_of_its_containers", |context| by_sandboxer(context, limits::size)),
-        ("a_pod_without_limits_has_the_size_of_the_configuration", |context| {
-            by_sandboxer(context, limits::default_size)
-        }),
         ("security_contexts_are_honoured", |context| by_sandboxer(context, security::contexts)),
         ("a_port_is_forwarded", |context| by_sandboxer(context, network::forwarded)),
         ("a_killed_server_is_noticed_and_nothing_stays", |context| by_sandboxer(context, killed::server)),

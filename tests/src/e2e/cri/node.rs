@@ -54,11 +54,12 @@ impl Flavour {
 
     /// The configuration that docs/kubernetes.md tells of, with the places of Debian and of this test.
     fn config(self, folder: &Path) -> String {
-        let (head, runtime, sandboxer, cni) = match self {
+        const OPTIONS: &str = "[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.katavm.options]\n";
+        let (head, runtime, more, cni) = match self {
             Self::Pause => (
                 format!("version = 2\n[plugins.\"io.containerd.grpc.v1.cri\"]\nsandbox_image = \"{PAUSE}\"\n"),
                 "io.containerd.grpc.v1.cri",
-                "",
+                OPTIONS.to_owned() + &format!("ConfigPath = \"{}/katavm.toml\"", folder.display()),
                 "bin_dir = \"/usr/lib/cni\"",
             ),
             Self::Sandboxer => (
@@ -66,7 +67,8 @@ impl Flavour {
                     "version = 3\n[plugins.\"io.containerd.cri.v1.images\".pinned_images]\nsandbox = \"{PAUSE}\"\n"
                 ),
                 "io.containerd.cri.v1.runtime",
-                "sandboxer = \"shim\"",
+                // With other options than runc's this version's plugin starts no container.
+                "sandboxer = \"shim\"".to_owned(),
                 "bin_dirs = [\"/usr/lib/cni\"]",
             ),
         };
@@ -79,12 +81,10 @@ runtime_type = "io.containerd.runc.v2"
 [plugins."{runtime}".containerd.runtimes.katavm]
 runtime_type = "io.containerd.katavm.v2"
 privileged_without_host_devices = true
-{sandboxer}
-[plugins."{runtime}".containerd.runtimes.katavm.options]
-ConfigPath = "{0}/katavm.toml"
+{more}
 [plugins."{runtime}".cni]
 {cni}
-conf_dir = "{0}/net.d"
+conf_dir = "{}/net.d"
 "#,
             folder.display()
         )
