@@ -34,6 +34,8 @@ use crate::supervise::{self, Mode, Outside, Served};
 use crate::timings::Timings;
 use crate::watcher;
 
+/// How often a server without a container looks whether its bundle is still there.
+const BUNDLE_LOOKS: Duration = Duration::from_secs(1);
 /// How long the last events are kept for a containerd that is away.
 const LAST_WORDS: Duration = Duration::from_secs(10);
 
@@ -96,7 +98,7 @@ pub fn serve(arguments: &Arguments) -> anyhow::Result<()> {
     let served = prepare(arguments).and_then(|(root, signals)| {
         let watcher = watcher::start(&root)?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let served = runtime.block_on(run(arguments, &root, listener, signals));
+        let served = runtime.block_on(run(arguments, &bundle, &root, listener, signals));
         // Threads that wait for a guest that is gone need not be waited for.
         runtime.shutdown_background();
         drop(watcher);
@@ -139,7 +141,13 @@ fn prepare(arguments: &Arguments) -> anyhow::Result<(StateRoot, Signals)> {
     Ok((root, Signals::block()?))
 }
 
-async fn run(arguments: &Arguments, root: &StateRoot, listener: UnixListener, signals: Signals) -> anyhow::Result<()> {
+async fn run(
+    arguments: &Arguments,
+    bundle: &Path,
+    root: &StateRoot,
+    listener: UnixListener,
+    signals: Signals,
+) -> anyhow::Result<()> {
     let events = Events::to(std::env::var(TTRPC_ADDRESS).ok(), &arguments.namespace);
     let (orders, mut ordered) = mpsc::channel(1);
     let (end, mut ended) = watch::channel(false);
@@ -155,6 +163,8 @@ async fn run(arguments: &Arguments, root: &StateRoot, listener: UnixListener, si
             biased;
             _ = ended.wait_for(|end| *end) => break,
             order = ordered.recv() => order,
+            // A client that went away while `start` ran: containerd knows nothing of this server.
+            () = gone(bundle), if signals.is_some() => break,
         };
         let Some(Order { first: wanted, made, stop }) = order else { break };
         let signals = match signals.take() {
@@ -199,6 +209,13 @@ async fn run(arguments: &Arguments, root: &StateRoot, listener: UnixListener, si
     drop(server);
     socket.remove();
     Ok(())
+}
+
+/// Returns when containerd has taken the bundle away.
+async fn gone(bundle: &Path) {
+    while bundle.exists() {
+        tokio::time::sleep(BUNDLE_LOOKS).await;
+    }
 }
 
 /// The same for a sandbox that is to be there before its first container.

@@ -87,7 +87,8 @@ END
         server() {{ containerd --config containerd.toml >>containerd.log 2>&1 & server=$!; until ctr version >p 2>&1; do kill -0 $server; sleep 0.2; done; }}
         status() {{ ctr task ls | awk -v id=$1 '$1 == id {{ print $3 }}'; }}
         run() {{ ctr run --runtime io.containerd.katavm.v2 "$@"; }}
-        gone() {{ until [ -z "$(pgrep -x 'katavm-(sandbox|standin|watcher)')" ]; do sleep 0.1; done; find /run/containerd/s /run/katavm-containerd/default -mindepth 1 ! -name '.*'; }}
+        left() {{ pgrep -xa 'katavm-(sandbox|standin|watcher)'; find /run/containerd/s /run/katavm-containerd/default -mindepth 1 ! -name '.*'; }}
+        gone() {{ for n in $(seq 300); do [ -n "$(left)" ] || return 0; sleep 0.1; done; left; }}
         end() {{ for id in $(ctr task ls -q); do ctr task rm -f $id; done >p 2>&1; ctr containers rm $(ctr containers ls -q) >p 2>&1 || true; kill $server; wait $server || true; tail -n 200 containerd.log >&2; }}
         trap end EXIT
         server; ctr image import bb.tar >p 2>&1; image=localhost/bb:latest

@@ -100,10 +100,9 @@ fn impatient(context: &Context) -> Result<Verdict> {
              timeout -s KILL $delay ctr run --runtime io.containerd.katavm.v2 $image c1 sleep 1000 </dev/null >p 2>&1 || true
              until ctr task rm -f c1 >p 2>&1 || [ -z \"$(status c1)\" ]; do sleep 0.2; done
              until ctr container rm c1 >p 2>&1 || [ -z \"$(ctr container ls -q)\" ]; do ctr task rm -f c1 >p 2>&1 || true; sleep 0.2; done
-             gone; echo clean after $delay
-         done
-         # A client that goes before there is a container leaves its snapshot.
-         ctr snapshot rm c1 >p 2>&1 || true";
+             # A client that goes before there is a container leaves its snapshot.
+             ctr snapshot rm c1 >p 2>&1 || true; gone; echo clean after $delay
+         done";
     let after = ["0.1", "0.5", "1", "1.5", "2", "3"].map(|delay| format!("clean after {delay}"));
     clean(context, text, &after.each_ref().map(String::as_str))
 }
