@@ -67,7 +67,20 @@ test-e2e *cases: build guest-image
     cases() { "{{ bin }}/katavm-e2e" --list --boot "$@"; }
     boot() {
         if [ "$1" = systemd ]; then lab=--systemd; else lab=; fi
-        "{{ lab }}" run $lab --limit 4800 -- katavm-e2e --boot "$@" 2>&1 | sed -u "s/^/[$1] /" | tee "$told/$1" || echo "$1" >>"$told/failed"
+        now="$told/.$1"; after=
+        until "{{ lab }}" run $lab --limit 4800 -- katavm-e2e $after --boot "$@" 2>&1 | sed -u "s/^/[$1] /" | tee "$now"; do
+            cat "$now" >>"$told/$1"
+            last=$(sed -n 's/^.* test \([^ ]*\) \.\.\. .*/\1/p' "$now" | tail -n 1)
+            ! grep -q ' \.\.\. FAILED ' "$now" || echo "$1" >>"$told/failed"
+            # After a case that stood still, and after the emulator's known flaw (docs/lab.md), which is no case's, those that
+            # are left get another machine.
+            if [ -z "$last" ] || ! { grep -q 'it stood still' "$now" || grep -q 'the lab itself failed' "$now" && grep -q 'Oops: int3' "$now"; }; then
+                echo "$1" >>"$told/failed"
+                return
+            fi
+            after="--after $last"
+        done
+        cat "$now" >>"$told/$1"
     }
     # Each boot of the lab is a machine of its own, two at a time; a host that runs guests itself is one for all.
     if "{{ bin }}/katavm" check >/dev/null 2>&1; then lanes=1; else lanes=2; fi
@@ -78,8 +91,8 @@ test-e2e *cases: build guest-image
     done
     [ -n "$(jobs -p)" ] || { echo "no case has such a name: $*" >&2; exit 1; }
     wait
-    cat "$told"/* | awk '$3 == "passed," { p += $2; f += $4; s += $6 } END { printf "%d passed, %d failed, %d skipped\n", p, f, s }'
-    [ ! -e "$told/failed" ] || { echo "cases failed:" $(cat "$told/failed") >&2; exit 1; }
+    cat "$told"/* | awk '$2 == "test" { if ($5 == "ok") p++; if ($5 == "FAILED") f++; if ($5 == "SKIPPED:") s++ } END { printf "%d passed, %d failed, %d skipped\n", p, f, s }'
+    [ ! -e "$told/failed" ] || { echo "cases failed:" $(sort -u "$told/failed") >&2; exit 1; }
 
 # Benchmarks beside the peers, in the counting lab: [FIRECRACKER=BINARY] ./just bench boot [--runs N]
 bench *args: guest-image
@@ -104,6 +117,18 @@ soak rounds="20": build guest-image
     KATAVM_E2E_DEBIAN=$(examples/make-bundle debian)
     export KATAVM_E2E_DEBIAN
     for round in $(seq "$1"); do echo "round $round" && "{{ lab }}" run --limit 14400 -- katavm-e2e --long; done
+
+# The POSIX suite pjdfstest on shared files, beside the host.
+pjdfstest: build guest-image
+    #!/bin/sh
+    set -eu
+    KATAVM_E2E_DEBIAN=$(examples/make-bundle debian)
+    folder=${KATAVM_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/katavm}/pjdfstest
+    echo "pjdfstest 0.2.2 is built in $folder, once (about 2 minutes)" >&2
+    cargo install -q --locked --version 0.2.2 --root "$folder" pjdfstest
+    KATAVM_E2E_PJDFSTEST=$folder/bin/pjdfstest
+    export KATAVM_E2E_DEBIAN KATAVM_E2E_PJDFSTEST
+    "{{ lab }}" run --limit 4800 -- katavm-e2e --boot plain --long posix::
 
 # Write man pages and the completions of bash, zsh and fish to FOLDER/man1 and FOLDER/completions.
 manual folder=(justfile_directory() / "out/manual"):

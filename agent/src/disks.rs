@@ -14,13 +14,32 @@ use crate::places::{self, PLACES};
 
 /// Where file systems of disks are mounted, each in a directory by the number of its place.
 const MOUNTED: &str = "/run/katavm/disks";
-/// Options of mount(8) that are flags of a file system, and not text for it.
-const FLAGS: [(&str, MsFlags); 4] = [
-    ("ro", MsFlags::MS_RDONLY),
-    ("sync", MsFlags::MS_SYNCHRONOUS),
-    ("dirsync", MsFlags::MS_DIRSYNC),
-    ("lazytime", MsFlags::MS_LAZYTIME),
+/// Options of mount(8) that are flags of mount(2), and whether they set or clear them.
+const FLAGS: [(&str, MsFlags, bool); 20] = [
+    ("ro", MsFlags::MS_RDONLY, true),
+    ("rw", MsFlags::MS_RDONLY, false),
+    ("nosuid", MsFlags::MS_NOSUID, true),
+    ("suid", MsFlags::MS_NOSUID, false),
+    ("nodev", MsFlags::MS_NODEV, true),
+    ("dev", MsFlags::MS_NODEV, false),
+    ("noexec", MsFlags::MS_NOEXEC, true),
+    ("exec", MsFlags::MS_NOEXEC, false),
+    ("noatime", MsFlags::MS_NOATIME, true),
+    ("atime", MsFlags::MS_NOATIME, false),
+    ("nodiratime", MsFlags::MS_NODIRATIME, true),
+    ("diratime", MsFlags::MS_NODIRATIME, false),
+    ("relatime", MsFlags::MS_RELATIME, true),
+    ("norelatime", MsFlags::MS_RELATIME, false),
+    ("strictatime", MsFlags::MS_STRICTATIME, true),
+    ("nostrictatime", MsFlags::MS_STRICTATIME, false),
+    ("sync", MsFlags::MS_SYNCHRONOUS, true),
+    ("async", MsFlags::MS_SYNCHRONOUS, false),
+    ("dirsync", MsFlags::MS_DIRSYNC, true),
+    ("lazytime", MsFlags::MS_LAZYTIME, true),
 ];
+/// Options that say nothing here: where propagation goes the container's mount says, and a disk is there already.
+const WITHOUT_EFFECT: [&str; 10] =
+    ["defaults", "loop", "private", "rprivate", "slave", "rslave", "shared", "rshared", "unbindable", "runbindable"];
 
 /// Binds the driver to a place, and mounts the file system on the disk there, if one is asked for.
 ///
@@ -57,41 +76,13 @@ fn mount_on(request: &AttachDiskRequest, device: &str) -> Result<String, Error> 
     Ok(path)
 }
 
-/// What mount(2) takes for options of mount(8), those of one mount left out.
+/// What mount(2) takes for options of mount(8).
 fn flags_and_text(options: &[String]) -> (MsFlags, String) {
-    const OF_A_MOUNT: [&str; 26] = [
-        "rw",
-        "async",
-        "defaults",
-        "loop",
-        "nosuid",
-        "suid",
-        "nodev",
-        "dev",
-        "noexec",
-        "exec",
-        "noatime",
-        "atime",
-        "nodiratime",
-        "diratime",
-        "relatime",
-        "norelatime",
-        "strictatime",
-        "nostrictatime",
-        "private",
-        "rprivate",
-        "slave",
-        "rslave",
-        "shared",
-        "rshared",
-        "unbindable",
-        "runbindable",
-    ];
     let (mut flags, mut text) = (MsFlags::empty(), Vec::new());
     for option in options {
-        match FLAGS.iter().find(|(name, _)| name == option) {
-            Some((_, flag)) => flags |= *flag,
-            None if OF_A_MOUNT.contains(&option.as_str()) => {}
+        match FLAGS.iter().find(|(name, ..)| name == option) {
+            Some((_, flag, set)) => flags.set(*flag, *set),
+            None if WITHOUT_EFFECT.contains(&option.as_str()) => {}
             None => text.push(option.as_str()),
         }
     }
@@ -122,19 +113,41 @@ pub fn detach(place: u32) -> Result<(), Error> {
     let name = places::name(place);
     let path = format!("{MOUNTED}/{place}");
     if Path::new(&path).exists() {
+        settle(&path);
         match umount2(path.as_str(), MntFlags::empty()) {
             // None was mounted, or it is no more.
             Ok(()) | Err(Errno::EINVAL) => {}
             Err(error) => {
                 crate::error!("cannot unmount {path}: {error}");
-                // Some process still has it: what it wrote so far goes to the disk, and what it does from now on fails.
-                nix::unistd::sync();
+                // Some process still has it; what it does from now on fails.
                 let _ = umount2(path.as_str(), MntFlags::MNT_DETACH);
             }
         }
         let _ = fs::remove_dir(&path);
     }
     PLACES.unbind(&name).map_err(|error| Error::io(format_args!("cannot unbind the driver from {name}"), error))
+}
+
+/// Settles all file systems that are mounted: the guest is about to end.
+pub fn settle_all() {
+    for entry in fs::read_dir(MOUNTED).into_iter().flatten().flatten() {
+        settle(&entry.path().to_string_lossy());
+    }
+}
+
+/// Has everything that was written to the file system at `path` on its disk, and marked as whole: who has the disk next need
+/// not recover it, and may be one who cannot. It is read-only then, also where another mount of it is left.
+fn settle(path: &str) {
+    let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+    match mount(None::<&str>, path, None::<&str>, flags, None::<&str>) {
+        // None was mounted, or it is no more.
+        Ok(()) | Err(Errno::EINVAL) => {}
+        Err(error) => {
+            crate::error!("{path} cannot be made read-only: {error}");
+            // Some process still writes to it: what it wrote so far goes to the disk.
+            nix::unistd::sync();
+        }
+    }
 }
 
 fn device(place: u32) -> Result<PathBuf, Error> {
@@ -167,9 +180,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn options_are_flags_text_or_another_mounts() {
-        let all = ["ro", "noatime", "data=journal", "loop", "nosuid", "errors=panic", "rprivate"].map(String::from);
-        assert_eq!(flags_and_text(&all), (MsFlags::MS_RDONLY, "data=journal,errors=panic".into()));
+    fn options_are_flags_or_text() {
+        let all = ["ro", "noatime", "data=journal", "loop", "nosuid", "suid", "errors=panic", "rprivate"];
+        let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOATIME;
+        assert_eq!(flags_and_text(&all.map(String::from)), (flags, "data=journal,errors=panic".into()));
         assert_eq!(flags_and_text(&[]), (MsFlags::empty(), String::new()));
     }
 }

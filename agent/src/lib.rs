@@ -5,7 +5,9 @@
 pub mod boot;
 pub mod bpf;
 pub mod cgroup;
+pub mod clock;
 pub mod container;
+pub mod cpus;
 pub mod disks;
 pub mod end;
 pub mod error;
@@ -18,6 +20,7 @@ pub mod names;
 pub mod network;
 pub mod places;
 pub mod reaper;
+pub mod room;
 pub mod sandbox;
 pub mod server;
 pub mod service;

@@ -5,10 +5,11 @@
 
 use std::collections::HashMap;
 use std::sync::Mutex;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use nix::errno::Errno;
 use nix::sys::signal::{SigHandler, Signal};
+
+use crate::clock;
 
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -115,12 +116,7 @@ fn collect(pid: i32) -> Option<Ended> {
         return None;
     }
     let status = if libc::WIFSIGNALED(status) { 128 + libc::WTERMSIG(status) } else { libc::WEXITSTATUS(status) };
-    Some(Ended { status: status.unsigned_abs(), at_ns: now_ns() })
-}
-
-/// CLOCK_REALTIME in nanoseconds since the epoch.
-pub fn now_ns() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).ok().and_then(|d| u64::try_from(d.as_nanos()).ok()).unwrap_or(0)
+    Some(Ended { status: status.unsigned_abs(), at_ns: clock::now_ns() })
 }
 
 /// Writing to a closed connection is an error of that write, not the end of PID 1.

@@ -1,4 +1,4 @@
-//! What a fresh guest is told about itself: name, clock, randomness, shared files.
+//! What a fresh guest is told about itself: name, randomness, shared files.
 
 use std::fs::{DirBuilder, OpenOptions};
 use std::io;
@@ -9,8 +9,6 @@ use std::path::Path;
 use katavm_protocol::agent::{CreateSandboxRequest, Tmpfs};
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sys::time::TimeSpec;
-use nix::time::{ClockId, clock_settime};
 use oci_spec::runtime::Spec;
 
 use crate::error::Error;
@@ -26,12 +24,6 @@ const TMPFS: &str = "/run/katavm/tmpfs";
 /// # Errors
 /// Which part could not be done.
 pub fn create(request: &CreateSandboxRequest) -> Result<(), Error> {
-    if request.realtime_ns != 0 {
-        let seconds = i64::try_from(request.realtime_ns / 1_000_000_000).unwrap_or(i64::MAX);
-        let time = TimeSpec::new(seconds, (request.realtime_ns % 1_000_000_000) as i64);
-        clock_settime(ClockId::CLOCK_REALTIME, time)
-            .map_err(|error| Error::io("cannot set the clock", error.into()))?;
-    }
     if !request.entropy.is_empty() {
         add_entropy(&request.entropy).map_err(|error| Error::io("cannot add entropy", error))?;
     }

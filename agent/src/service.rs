@@ -5,10 +5,11 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use katavm_protocol::agent::{
-    AttachDiskRequest, AttachDiskResponse, CheckRequest, CheckResponse, ConfigureNetworkRequest, ContainerRequest,
-    CreateContainerRequest, CreateExecRequest, CreateSandboxRequest, DetachDiskRequest, Empty, Event,
-    ListProcessesResponse, ProcessRequest, ProcessResponse, RemoveContainerRequest, ResizeTerminalRequest,
-    SetSysctlsRequest, SetVolumeRequest, SignalRequest, StatsResponse, UpdateContainerRequest, WaitResponse,
+    AdjustClockRequest, AttachDiskRequest, AttachDiskResponse, CheckRequest, CheckResponse, ConfigureNetworkRequest,
+    ContainerRequest, CreateContainerRequest, CreateExecRequest, CreateSandboxRequest, DetachDiskRequest, Empty, Event,
+    ListProcessesResponse, ProcessRequest, ProcessResponse, RemoveContainerRequest, ResizeRequest,
+    ResizeTerminalRequest, SetSysctlsRequest, SetVolumeRequest, SignalRequest, StatsResponse, UpdateContainerRequest,
+    WaitResponse,
 };
 use katavm_protocol::agent_ttrpc::Agent;
 use katavm_protocol::reset::RESET_ORDERLY;
@@ -17,11 +18,14 @@ use ttrpc::Result;
 use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
 use crate::cgroup::stats;
+use crate::clock;
 use crate::container::{Containers, processes};
+use crate::cpus;
 use crate::disks;
 use crate::error::Error;
 use crate::names::Names;
 use crate::network;
+use crate::room;
 use crate::sandbox;
 use crate::server::kernel_release;
 use crate::volume;
@@ -65,7 +69,13 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
 impl Agent for Service {
     async fn check(&self, _: &TtrpcContext, _: CheckRequest) -> Result<CheckResponse> {
         let version = env!("CARGO_PKG_VERSION").to_owned();
-        Ok(CheckResponse { version, kernel_release: kernel_release(), ..Default::default() })
+        let (kernel_release, realtime_ns) = (kernel_release(), clock::now_ns());
+        Ok(CheckResponse { version, kernel_release, realtime_ns, ..Default::default() })
+    }
+
+    async fn adjust_clock(&self, _: &TtrpcContext, request: AdjustClockRequest) -> Result<Empty> {
+        clock::adjust(request.offset_ns)?;
+        Ok(Empty::new())
     }
 
     async fn create_sandbox(&self, _: &TtrpcContext, request: CreateSandboxRequest) -> Result<Empty> {
@@ -87,7 +97,15 @@ impl Agent for Service {
     }
 
     async fn detach_disk(&self, _: &TtrpcContext, request: DetachDiskRequest) -> Result<Empty> {
-        to_its_end(async move { blocking(move || disks::detach(request.place)).await? }).await?;
+        // One that was not made has none.
+        let cgroup = self.containers.cgroup(&request.container_id).ok();
+        let detach = move || {
+            if let Some(Err(error)) = cgroup.map(|cgroup| cgroup.wait_until_empty()) {
+                crate::error!("{} still has its disks: {error}", request.container_id);
+            }
+            disks::detach(request.place)
+        };
+        to_its_end(async move { blocking(detach).await? }).await?;
         Ok(Empty::new())
     }
 
@@ -103,6 +121,7 @@ impl Agent for Service {
         tokio::spawn(async move {
             containers.end_all(GRACE).await;
             let ended = tokio::task::spawn_blocking(|| {
+                disks::settle_all();
                 nix::unistd::sync();
                 // Not mounted, or busy still: nothing is written to it any more.
                 let _ = umount2(sandbox::SHARED, MntFlags::MNT_DETACH);
@@ -202,6 +221,12 @@ impl Agent for Service {
 
     async fn update_container(&self, _: &TtrpcContext, request: UpdateContainerRequest) -> Result<Empty> {
         self.containers.cgroup(&request.container_id)?.update(&request.resources)?;
+        Ok(Empty::new())
+    }
+
+    async fn resize(&self, _: &TtrpcContext, request: ResizeRequest) -> Result<Empty> {
+        let resize = move || cpus::set_online(request.cpus).and_then(|()| room::set(request.plugged));
+        to_its_end(async move { blocking(resize).await? }).await?;
         Ok(Empty::new())
     }
 

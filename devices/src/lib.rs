@@ -8,6 +8,7 @@ pub mod balloon;
 pub mod block;
 pub mod fs;
 pub mod legacy;
+pub mod mem;
 pub mod memory;
 pub mod net;
 pub mod rate;

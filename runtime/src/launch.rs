@@ -8,16 +8,17 @@ use nix::sched::CloneFlags;
 use oci_spec::runtime::{LinuxMemory, LinuxNamespace, LinuxNamespaceType, LinuxResources, Spec};
 use rustix::process::{Pid, geteuid};
 
-use crate::config::{Bundle, ConfigError};
+use crate::config::Bundle;
 use crate::cri::sandbox_resources;
 use crate::host::{self, Cgroup};
 use crate::limits;
+use crate::limits::SANDBOX_OVERHEAD;
 use crate::membership::{self, Membership, MembershipError};
 use crate::network::PortForward;
 use crate::process::terminal::WindowSize;
 use crate::sandbox::image::{GuestImage, ImageError};
 use crate::sandbox::plan::{Plan, PlanError, SharedNamespaces};
-use crate::sandbox::size::{Size, SizeOptions};
+use crate::sandbox::size::{Limits, Size, SizeOptions, memory_limit};
 use crate::settings::{Settings, SettingsError};
 use crate::standin::{self, Namespaces};
 use crate::state::{Id, Record, StateRoot};
@@ -25,9 +26,6 @@ use crate::state::{Id, Record, StateRoot};
 /// Why nothing can be made of a bundle.
 #[derive(Debug, thiserror::Error)]
 pub enum LaunchError {
-    /// The bundle.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
     /// What it needs.
     #[error(transparent)]
     Plan(#[from] PlanError),
@@ -133,12 +131,11 @@ pub struct StandIn {
 }
 
 impl Launch {
-    /// Reads the bundle, warns about what is not honoured in it, and plans.
+    /// Warns about what is not honoured in the bundle, and plans.
     ///
     /// # Errors
     /// Any [`LaunchError`].
-    pub fn plan(root: &StateRoot, id: Id, bundle: &Path, options: Options) -> Result<Self, LaunchError> {
-        let bundle = Bundle::load(bundle)?;
+    pub fn plan(root: &StateRoot, id: Id, bundle: Bundle, options: Options) -> Result<Self, LaunchError> {
         for field in &bundle.unhonoured {
             log::warn!("{field}");
         }
@@ -168,7 +165,7 @@ impl Launch {
     pub fn empty(id: Id, folder: &Path, spec: Spec, options: Options) -> Result<Self, LaunchError> {
         let path = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_deref());
         let cgroup = Cgroup::plan(path, options.systemd_cgroup, id.as_str()).map_err(LaunchError::Cgroup)?;
-        let bundle = Bundle { path: folder.into(), rootfs: folder.into(), spec, unhonoured: Vec::new() };
+        let bundle = Bundle { path: folder.into(), rootfs: folder.into(), disk: None, spec, unhonoured: Vec::new() };
         let (size, image) = options.settle(&bundle.spec)?;
         let plan = Plan::new(&id, &bundle, size, &SharedNamespaces::new())?;
         Ok(Self { id, bundle, plan, pod: None, image, console: false, user_network: None, cgroup })
@@ -216,6 +213,12 @@ impl Launch {
             }
             entered => entered.map_err(LaunchError::Cgroup),
         }
+    }
+
+    /// The control group in which the sandbox' memory is limited, if it is.
+    #[must_use]
+    pub fn memory_cgroup(&self) -> Option<Cgroup> {
+        memory_limit(&self.bundle.spec).and_then(|_| self.cgroup.clone())
     }
 
     /// Moves the stand-in of a container in another's sandbox into its control group, where nothing else of it is: its
@@ -316,9 +319,6 @@ fn is_usable(cgroup: &Cgroup) -> bool {
     delegated.inspect_err(|error| log::info!("the sandbox gets no control group on the host: {error}")).is_ok()
 }
 
-/// Memory of a sandbox beside the guest's RAM: the process itself and what the host's kernel keeps for it.
-const SANDBOX_OVERHEAD: i64 = 128 << 20;
-
 /// Warns of limits that hold on the host alone, where no control group of the container holds a virtual machine.
 fn warn_of_limits(bundle: &Bundle, is_member: bool, has_cgroup: bool) {
     let resources = bundle.spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
@@ -337,7 +337,7 @@ fn warn_of_limits(bundle: &Bundle, is_member: bool, has_cgroup: bool) {
 fn host_limits(resources: Option<&LinuxResources>, size: &Size) -> LinuxResources {
     let Some(resources) = resources else { return LinuxResources::default() };
     let mut limits = limits::of_host(resources);
-    if resources.memory().is_some_and(|memory| memory.limit().is_some_and(|limit| limit > 0)) {
+    if Limits::of(resources).memory.is_some() {
         let mut memory = LinuxMemory::default();
         memory.set_limit(Some((i64::from(size.memory_mib) << 20) + SANDBOX_OVERHEAD));
         limits.set_memory(Some(memory));

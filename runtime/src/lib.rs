@@ -3,6 +3,7 @@
 pub mod cli;
 pub mod config;
 pub mod cri;
+pub mod descriptor;
 pub mod hooks;
 pub mod host;
 pub mod launch;

@@ -5,6 +5,9 @@ use std::collections::HashMap;
 
 use oci_spec::runtime::{LinuxCpu, LinuxResources};
 
+/// Memory of a sandbox beside the guest's RAM: the process itself and what the host's kernel keeps for it.
+pub const SANDBOX_OVERHEAD: i64 = 128 << 20;
+
 /// The files of cgroup v2 with these beginnings name CPUs, memory nodes and devices of the host.
 const OF_HOST: [&str; 2] = ["cpuset.", "io."];
 

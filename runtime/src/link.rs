@@ -17,6 +17,8 @@ use serde::{Deserialize, Serialize};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use crate::descriptor::awaited;
+
 /// The longest message in bytes; a text that would not fit is cut by whoever sends it.
 const LONGEST: usize = 16 * 1024;
 /// Descriptors that travel with one message: the three standard streams, a lock and a link.
@@ -148,9 +150,7 @@ impl Link {
     /// Those of fcntl(2) and epoll_ctl(2).
     pub fn new(fd: OwnedFd) -> io::Result<Self> {
         rustix::io::ioctl_fionbio(&fd, true)?;
-        // SAFETY: an OwnedFd is the same open descriptor until it is dropped, and `AsyncFd` owns it from here on.
-        let fd = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE | Interest::WRITABLE) };
-        Ok(Self { fd: fd.map_err(io::Error::from)? })
+        Ok(Self { fd: awaited(fd, Interest::READABLE | Interest::WRITABLE)? })
     }
 
     /// The next message; nothing when the other side has died. Nothing is lost when the future is dropped.

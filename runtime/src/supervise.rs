@@ -14,6 +14,7 @@ use katavm_vmm::{ExitReason, Microvm};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{oneshot, watch};
 
+use crate::cri::is_sandbox;
 use crate::hooks::{self, Point};
 use crate::host;
 use crate::launch::{Launch, StandIn};
@@ -162,8 +163,10 @@ fn boot(launch: &Launch, outside: &Outside, share: FsShare) -> anyhow::Result<Bo
     let start = |ports: &Vec<_>| UserNetwork::start(ports, &outside.directory);
     let (user_network, net) = launch.user_network.as_ref().map(start).transpose()?.unzip();
     let nets = nets.into_iter().flatten().chain(net).collect();
-    let disks = launch.plan.disks.len();
-    let started = vm::boot(Boot { image: launch.image.clone(), size: launch.plan.size, share, nets, disks, console })?;
+    let places = launch.plan.places();
+    let (image, size, most) = (launch.image.clone(), launch.plan.size, launch.plan.most);
+    let huge_pages = launch.plan.huge_pages;
+    let started = vm::boot(Boot { image, size, most, huge_pages, share, nets, places, console })?;
     Ok((started, network, user_network))
 }
 
@@ -237,7 +240,8 @@ impl Work<'_> {
         let made = async {
             let hostname = self.launch.bundle.spec.hostname().clone().unwrap_or_default();
             let ready = move |patience| ready.wait(patience);
-            let (prepared, ready) = Pod::prepare(sandbox, network, self.share.clone(), ready, &hostname).await?;
+            let (share, cgroup) = (self.share.clone(), self.launch.memory_cgroup());
+            let (prepared, ready) = Pod::prepare(sandbox, network, share, cgroup, ready, &hostname).await?;
             self.note_ready(&ready, exits());
             let pod = pod.insert(prepared);
             if let Some(network) = &self.user_network {
@@ -259,6 +263,7 @@ impl Work<'_> {
                         link: Some(link),
                         journal: outside.journal,
                         cgroup: self.launch.cgroup.clone(),
+                        limits: Some(plan.limits).filter(|_| !is_sandbox(&self.launch.bundle.spec)),
                         is_first: true,
                     };
                     Ok(pod.create(new).await?)

@@ -21,8 +21,10 @@ use katavm_protocol::agent_ttrpc::{Agent, create_agent};
 use katavm_protocol::{frame, ports};
 use katavm_runtime::pod::{Io, NewContainer, Phase, Pod, PodError};
 use katavm_runtime::process::stdio::Inherited;
+use katavm_runtime::sandbox::heartbeat::Beat;
+use katavm_runtime::sandbox::size::{Limits, Size};
 use katavm_runtime::sandbox::vm::{Dial, Machine};
-use katavm_runtime::sandbox::{Beat, Sandbox, SandboxError};
+use katavm_runtime::sandbox::{Sandbox, SandboxError};
 use katavm_runtime::state::{Journal, Record, StateRoot, Status};
 use katavm_vmm::ExitReason;
 use rustix::event::{EventfdFlags, eventfd};
@@ -73,6 +75,10 @@ impl Machine for Handle {
 
     fn console_tail(&self) -> String {
         "last words\n".into()
+    }
+
+    fn least(&self) -> Size {
+        Size { memory_mib: 256, vcpus: 1 }
     }
 }
 
@@ -243,7 +249,7 @@ fn run(setup: Setup, program: impl FnOnce(HashMap<i32, UnixStream>, &Guest) -> u
         let handle = || Arc::new(Handle(Arc::clone(&guest)));
         let sandbox = Arc::new(Sandbox::new(handle(), handle()).unwrap().with_beat(setup.beat));
         let ready = |_| Ok(Ready { kernel_release: "6.12".into(), ..Default::default() });
-        let (pod, ready) = Pod::prepare(&sandbox, None, FsShare::new(), ready, "").await.unwrap();
+        let (pod, ready) = Pod::prepare(&sandbox, None, FsShare::new(), None, ready, "").await.unwrap();
         assert_eq!(ready.kernel_release, "6.12");
         let new = NewContainer {
             id: "c1".into(),
@@ -256,6 +262,7 @@ fn run(setup: Setup, program: impl FnOnce(HashMap<i32, UnixStream>, &Guest) -> u
             link: None,
             journal,
             cgroup: None,
+            limits: Some(Limits::default()),
             is_first: true,
         };
         let lives = async {

@@ -8,6 +8,7 @@ use katavm_devices::balloon::Balloon;
 use katavm_devices::block::Block;
 use katavm_devices::fs::Fs;
 use katavm_devices::legacy::{Serial, SerialState};
+use katavm_devices::mem::Mem;
 use katavm_devices::memory::GuestMemory;
 use katavm_devices::net::Net;
 use katavm_devices::rng::Rng;
@@ -26,11 +27,12 @@ use crate::control::{Control, Goal};
 use crate::device::{Device, QUICK, SLOTS, lock};
 use crate::ending::Ending;
 use crate::event_loop::EventLoop;
+use crate::growth::Growing;
 use crate::kvm::{self, KvmError, ioctl};
 use crate::layout::{MAX_DEVICES, MAX_VCPUS, MMIO_START, SERIAL_GSI, VIRTIO_GSI, VIRTIO_LINES};
-use crate::memory::{self, MemoryError};
+use crate::memory::{self, Growth, MemoryError, Source};
 use crate::microvm::Microvm;
-use crate::snapshot::{self, MicrovmState, SnapshotError, same};
+use crate::snapshot::{MicrovmState, SnapshotError, same};
 use crate::timeline::Timeline;
 use crate::vcpu::{self, Environment, VcpuThread, cpuid::Cpuid};
 
@@ -110,6 +112,12 @@ impl MicrovmBuilder {
         self.device(Device::Balloon(Arc::new(Mutex::new(balloon))))
     }
 
+    /// Adds memory to grow into: see [`Microvm::resize_memory`]. One at most.
+    #[must_use]
+    pub fn mem(self, mem: Mem) -> Self {
+        self.device(Device::Mem(Arc::new(Mutex::new(mem))))
+    }
+
     fn device(mut self, device: Device) -> Self {
         self.devices.push(device);
         self
@@ -120,13 +128,19 @@ impl MicrovmBuilder {
     /// # Errors
     /// Any [`BuildError`]; nothing is left of the attempt.
     pub fn build(self) -> Result<Microvm, BuildError> {
-        let frame = self.frame(|mib| Ok(memory::create(mib)?), None)?;
-        let cmdline = boot::cmdline(&frame.windows, &self.config.cmdline);
+        let frame = self.frame(Source::Nothing { huge_pages: self.config.huge_pages }, None)?;
+        let cmdline = boot::cmdline(&frame.windows, &self.extra_cmdline());
         let entry = boot::load(&frame.memory, &self.config, &cmdline)?;
         vcpu::write_tables(&frame.memory).map_err(BootError::from)?;
         let cpuid = Cpuid::supported(&frame.kvm)?;
-        let count = self.config.vcpus;
-        self.finish(frame, |index, vcpu| Ok(vcpu::set_up(vcpu, index, &cpuid.of(index, count), entry)?))
+        let count = self.config.possible_vcpus();
+        self.finish(frame, |index, vcpu| {
+            vcpu::set_up(vcpu, &cpuid.of(index, count))?;
+            if index == 0 {
+                vcpu::boot(vcpu, entry)?;
+            }
+            Ok(())
+        })
     }
 
     /// Builds the microVM as it was saved, with its RAM mapped privately from `memory`. The devices must
@@ -138,8 +152,7 @@ impl MicrovmBuilder {
         same("MiB of memory", state.memory_mib as usize, self.config.memory_mib as usize)?;
         same("vCPUs", state.vcpus.len(), self.config.vcpus.into())?;
         same("devices", state.transports.len(), self.devices.len())?;
-        let map = |mib| Ok(snapshot::map(mib, memory).map_err(SnapshotError::from)?);
-        let frame = self.frame(map, Some(&state.serial))?;
+        let frame = self.frame(Source::Snapshot(memory), Some(&state.serial))?;
         let transports = frame.environment.bus.transports().iter().zip(&state.transports);
         for (index, (transport, saved)) in transports.enumerate() {
             lock(transport).restore(saved).map_err(|error| SnapshotError::Device(index, error))?;
@@ -157,23 +170,20 @@ impl MicrovmBuilder {
     }
 
     /// The machine without its vCPUs and threads.
-    fn frame(
-        &self,
-        memory: impl FnOnce(u32) -> Result<GuestMemory, BuildError>,
-        serial: Option<&SerialState>,
-    ) -> Result<Frame, BuildError> {
+    fn frame(&self, source: Source<'_>, serial: Option<&SerialState>) -> Result<Frame, BuildError> {
         self.check()?;
         let timeline = Arc::new(Timeline::default());
         let ending = Ending::new(Arc::clone(&timeline))?;
         let console = Console::new(ending.clone());
 
         let kvm = kvm::open(&self.config.kvm)?;
-        let vm = kvm.create_vm().map_err(ioctl("KVM_CREATE_VM"))?;
+        let vm = Arc::new(kvm.create_vm().map_err(ioctl("KVM_CREATE_VM"))?);
         timeline.mark_created();
 
         // Memory slots, then interrupt controllers, then eventfds: see `kvm::set_memory`.
-        let memory = memory(self.config.memory_mib)?;
+        let memory = memory::map(self.config.memory_mib, self.growth(), source)?;
         kvm::set_memory(&vm, &memory)?;
+        self.place_growth(&vm, &memory)?;
         kvm::create_irqchip(&vm)?;
         let windows = windows(self.devices.len());
         let transports = self.attach(&vm, &memory, &windows)?;
@@ -202,12 +212,42 @@ impl MicrovmBuilder {
             vcpus.push(VcpuThread::spawn(index, vcpu, &environment)?);
         }
         let memory_mib = self.config.memory_mib;
-        Ok(Microvm { vcpus, loops, environment, devices: self.devices, kvm, vm, memory, memory_mib })
+        let (vcpus, vcpu_range) = (Mutex::new(vcpus), self.config.vcpus..=self.config.possible_vcpus());
+        Ok(Microvm { vcpus, loops, environment, devices: self.devices, kvm, vm, memory, memory_mib, vcpu_range })
+    }
+
+    /// What the caller adds to the command line, and what memory and vCPUs that come later need.
+    fn extra_cmdline(&self) -> String {
+        let MicrovmConfig { cmdline, vcpus, .. } = &self.config;
+        let growing = if self.growth().len > 0 { boot::GROWING } else { "" };
+        let maxcpus = if self.config.possible_vcpus() > *vcpus { format!(" maxcpus={vcpus}") } else { String::new() };
+        format!("{cmdline}{growing}{maxcpus}").trim_start().to_owned()
+    }
+
+    /// The region that memory is plugged into.
+    fn growth(&self) -> Growth {
+        self.growing().map_or_else(Growth::default, |mem| {
+            let mem = lock(mem);
+            Growth { len: mem.region_len(), granted: mem.granted() }
+        })
+    }
+
+    fn growing(&self) -> Option<&Mutex<Mem>> {
+        self.devices.iter().find_map(Device::mem)
+    }
+
+    /// Has what is plugged in already be there, before queues are looked for in it.
+    fn place_growth(&self, vm: &Arc<VmFd>, memory: &GuestMemory) -> Result<(), BuildError> {
+        let Some(mem) = self.growing().filter(|mem| lock(mem).region_len() > 0) else { return Ok(()) };
+        let start = memory::growth_start(self.config.memory_mib);
+        let backing = Box::new(Growing::new(Arc::clone(vm), memory.clone()));
+        Ok(lock(mem).place(start.0, backing)?)
     }
 
     fn check(&self) -> Result<(), BuildError> {
-        if !(1..=MAX_VCPUS).contains(&self.config.vcpus) {
-            return Err(BuildError::Vcpus(self.config.vcpus));
+        let (vcpus, possible) = (self.config.vcpus, self.config.possible_vcpus());
+        if vcpus == 0 || possible > MAX_VCPUS {
+            return Err(BuildError::Vcpus(possible));
         }
         if self.devices.len() > MAX_DEVICES {
             return Err(BuildError::Devices(self.devices.len()));
@@ -261,7 +301,7 @@ fn threads(devices: &[Device]) -> Vec<(String, Vec<Worker>)> {
 /// A machine in the making.
 struct Frame {
     kvm: Kvm,
-    vm: VmFd,
+    vm: Arc<VmFd>,
     memory: GuestMemory,
     windows: Vec<Window>,
     environment: Environment,

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use katavm_devices::balloon::Balloon;
 use katavm_devices::block::Block;
 use katavm_devices::fs::Fs;
+use katavm_devices::mem::Mem;
 use katavm_devices::net::Net;
 use katavm_devices::rng::Rng;
 use katavm_devices::virtio::Worker;
@@ -27,9 +28,18 @@ pub enum Device {
     Net(Arc<Mutex<Net>>),
     Rng(Arc<Mutex<Rng>>),
     Balloon(Arc<Mutex<Balloon>>),
+    Mem(Arc<Mutex<Mem>>),
 }
 
 impl Device {
+    /// Memory that is plugged in, if it is that.
+    pub fn mem(&self) -> Option<&Mutex<Mem>> {
+        match self {
+            Self::Mem(device) => Some(device),
+            _ => None,
+        }
+    }
+
     /// As transport and event loop see it.
     pub fn shared(&self) -> SharedDevice {
         match self {
@@ -39,6 +49,7 @@ impl Device {
             Self::Net(device) => Arc::clone(device) as SharedDevice,
             Self::Rng(device) => Arc::clone(device) as SharedDevice,
             Self::Balloon(device) => Arc::clone(device) as SharedDevice,
+            Self::Mem(device) => Arc::clone(device) as SharedDevice,
         }
     }
 
@@ -50,7 +61,7 @@ impl Device {
             Self::Block(device) if !lock(device).is_attached() => SLOTS,
             Self::Block(_) => "block",
             Self::Net(_) => "net",
-            Self::Vsock(_) | Self::Rng(_) | Self::Balloon(_) => QUICK,
+            Self::Vsock(_) | Self::Rng(_) | Self::Balloon(_) | Self::Mem(_) => QUICK,
         }
     }
 
@@ -76,6 +87,7 @@ impl Device {
             Self::Net(device) => DeviceState::Net(lock(device).save()),
             Self::Rng(device) => DeviceState::Rng(lock(device).save()),
             Self::Balloon(device) => DeviceState::Balloon(lock(device).save()),
+            Self::Mem(device) => DeviceState::Mem(lock(device).save()),
         }
     }
 }

@@ -88,18 +88,18 @@ pub fn open(path: &Path) -> Result<Kvm, KvmError> {
     }
 }
 
-/// Gives the guest's RAM to the virtual machine: one slot per region, before any irqchip or ioeventfd
+/// Gives the guest's RAM to the virtual machine: one slot per region that is there, before any irqchip or ioeventfd
 /// exists, because a slot that is set after them waits for a grace period of KVM's SRCU (milliseconds).
 ///
 /// # Errors
 /// When KVM_SET_USER_MEMORY_REGION fails.
 pub fn set_memory(vm: &VmFd, memory: &GuestMemory) -> Result<(), KvmError> {
-    for (slot, region) in (0..).zip(memory.iter()) {
+    for (slot, region) in (0..).zip(memory.iter().filter(|region| region.granted() > 0)) {
         let slot = kvm_userspace_memory_region {
             slot,
             flags: 0,
             guest_phys_addr: region.start_addr().raw_value(),
-            memory_size: region.len(),
+            memory_size: region.granted(),
             userspace_addr: region.as_ptr() as u64,
         };
         // SAFETY: the range is a mapping of `memory`, which the microVM keeps as long as the VM lives.

@@ -12,6 +12,7 @@ mod control;
 mod device;
 mod ending;
 mod event_loop;
+mod growth;
 mod kvm;
 mod layout;
 mod memory;

@@ -1,11 +1,14 @@
 //! A microVM that was built: starting, pausing, stopping and watching it.
 
 use std::fs::File;
+use std::ops::RangeInclusive;
 use std::os::fd::OwnedFd;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use katavm_devices::balloon::Balloon;
 use katavm_devices::block::{Block, BlockConfig, BlockError};
+use katavm_devices::mem::MemError;
 use katavm_devices::memory::GuestMemory;
 use katavm_devices::net::{Backend, Net, NetLimits};
 use katavm_devices::rate::Limits;
@@ -20,9 +23,11 @@ use crate::control::Goal;
 use crate::device::{Device, lock};
 use crate::ending::ExitReason;
 use crate::event_loop::EventLoop;
+use crate::kvm::{KvmError, ioctl};
 use crate::snapshot::{self, MicrovmState, SnapshotError, VcpuState, VmState};
 use crate::timeline::Timeline;
-use crate::vcpu::{Environment, VcpuThread};
+use crate::vcpu::cpuid::Cpuid;
+use crate::vcpu::{self, Environment, VcpuThread};
 
 /// Why a microVM cannot do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -45,6 +50,23 @@ pub enum MicrovmError {
     /// It was built without one.
     #[error("the virtual machine has no balloon")]
     NoBalloon,
+    /// It was built without memory to grow into, or with less.
+    #[error(transparent)]
+    Memory(#[from] MemError),
+    /// It was built for fewer.
+    #[error("the virtual machine cannot have {wanted} vCPUs: {most} at most")]
+    Vcpus {
+        /// What was asked for.
+        wanted: u8,
+        /// What there can be.
+        most: u8,
+    },
+    /// A vCPU cannot be made.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// Its thread cannot be made.
+    #[error("cannot get a thread for a vCPU: {0}")]
+    Thread(std::io::Error),
     /// The backend cannot be watched.
     #[error("cannot attach a network interface: {0}")]
     Attach(std::io::Error),
@@ -53,14 +75,15 @@ pub enum MicrovmError {
 /// A virtual machine with its devices and threads. Dropping it stops it.
 pub struct Microvm {
     // Threads before what they use: fields are dropped in this order.
-    pub(crate) vcpus: Vec<VcpuThread>,
+    pub(crate) vcpus: Mutex<Vec<VcpuThread>>,
     pub(crate) loops: Vec<EventLoop>,
     pub(crate) environment: Environment,
     pub(crate) devices: Vec<Device>,
     pub(crate) kvm: Kvm,
-    pub(crate) vm: VmFd,
+    pub(crate) vm: Arc<VmFd>,
     pub(crate) memory: GuestMemory,
     pub(crate) memory_mib: u32,
+    pub(crate) vcpu_range: RangeInclusive<u8>,
 }
 
 impl Microvm {
@@ -138,8 +161,9 @@ impl Microvm {
     /// When it runs or has ended, or when KVM refuses.
     pub fn save(&self) -> Result<MicrovmState, SnapshotError> {
         self.paused()?;
-        let mut vcpus = Vec::with_capacity(self.vcpus.len());
-        for thread in &self.vcpus {
+        let threads = lock(&self.vcpus);
+        let mut vcpus = Vec::with_capacity(threads.len());
+        for thread in &*threads {
             vcpus.push(VcpuState::save(&self.kvm, &lock(thread.vcpu()))?);
         }
         let bus = &self.environment.bus;
@@ -281,6 +305,65 @@ impl Microvm {
         }
     }
 
+    /// How many MiB of memory it had at its start, and can have: see [`Self::resize_memory`].
+    #[must_use]
+    pub fn memory_range(&self) -> RangeInclusive<u32> {
+        let growth = self.devices.iter().find_map(Device::mem).map_or(0, |mem| lock(mem).region_len() >> 20);
+        self.memory_mib..=self.memory_mib.saturating_add(u32::try_from(growth).unwrap_or(u32::MAX))
+    }
+
+    /// How many vCPUs it had at its start, and can have: see [`Self::add_vcpus`].
+    #[must_use]
+    pub fn vcpu_range(&self) -> RangeInclusive<u8> {
+        self.vcpu_range.clone()
+    }
+
+    /// Asks the guest to have `mib` MiB of memory in all, and waits until it has, or for `patience` in vain; how many MiB it
+    /// has then. It never has fewer than at its start, and may keep more than it is to have where it cannot do without.
+    ///
+    /// # Errors
+    /// When it cannot have as many.
+    pub fn resize_memory(&self, mib: u32, patience: Duration) -> Result<u32, MicrovmError> {
+        let wanted = u64::from(mib.saturating_sub(self.memory_mib));
+        let found = self.devices.iter().enumerate().find_map(|(place, device)| Some((place, device.mem()?)));
+        let Some((place, mem)) = found else {
+            return if wanted == 0 { Ok(self.memory_mib) } else { Err(MemError::TooMuch { wanted, most: 0 }.into()) };
+        };
+        if let Some(transport) = self.environment.bus.transports().get(place) {
+            // The transport first, as accesses of vCPUs do: no driver reads half of a number.
+            let mut transport = lock(transport);
+            lock(mem).request(wanted)?;
+            transport.config_changed();
+        }
+        let progress = lock(mem).progress();
+        let plugged = progress.wait(patience, |plugged| plugged.div_ceil(2 << 20) == wanted.div_ceil(2));
+        Ok(self.memory_mib + u32::try_from(plugged >> 20).unwrap_or(u32::MAX))
+    }
+
+    /// Makes vCPUs until there are `count`; the guest can bring those that are new online then. It takes none away: one
+    /// that the guest has taken offline costs nothing but its thread, which waits.
+    ///
+    /// # Errors
+    /// When it was built for fewer, or a vCPU or its thread cannot be made.
+    pub fn add_vcpus(&self, count: u8) -> Result<(), MicrovmError> {
+        let most = *self.vcpu_range.end();
+        if count > most {
+            return Err(MicrovmError::Vcpus { wanted: count, most });
+        }
+        let mut vcpus = lock(&self.vcpus);
+        let first = u8::try_from(vcpus.len()).unwrap_or(u8::MAX);
+        if first >= count {
+            return Ok(());
+        }
+        let cpuid = Cpuid::supported(&self.kvm)?;
+        for index in first..count {
+            let vcpu = self.vm.create_vcpu(index.into()).map_err(ioctl("KVM_CREATE_VCPU"))?;
+            vcpu::set_up(&vcpu, &cpuid.of(index, most))?;
+            vcpus.push(VcpuThread::spawn(index, vcpu, &self.environment).map_err(MicrovmError::Thread)?);
+        }
+        Ok(())
+    }
+
     /// Asks the guest to have `mib` MiB of its memory in the balloon, which the host has then.
     ///
     /// # Errors
@@ -341,7 +424,7 @@ impl Microvm {
     /// How often vCPUs left the guest so far, by KVM's own count.
     #[must_use]
     pub fn exits(&self) -> u64 {
-        self.vcpus.iter().map(VcpuThread::exits).sum()
+        lock(&self.vcpus).iter().map(VcpuThread::exits).sum()
     }
 
     fn alive(&self) -> Result<(), MicrovmError> {
@@ -350,7 +433,7 @@ impl Microvm {
 
     fn set(&self, goal: Goal) {
         self.environment.control.set(goal);
-        self.vcpus.iter().for_each(VcpuThread::kick);
+        lock(&self.vcpus).iter().for_each(VcpuThread::kick);
         self.loops.iter().for_each(EventLoop::kick);
     }
 }

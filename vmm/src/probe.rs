@@ -6,7 +6,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::kvm::{self, KvmError, ioctl};
-use crate::memory::{self, MemoryError};
+use crate::memory::{self, Growth, MemoryError, Source};
 use crate::vcpu::{self, cpuid::Cpuid};
 
 /// Why this host cannot run guests.
@@ -65,14 +65,15 @@ const REPORT: [u8; 5] = [0x66, 0xba, PORT as u8, (PORT >> 8) as u8, 0xee];
 pub fn check(kvm: &Path) -> Result<Probe, ProbeError> {
     let kvm = kvm::open(kvm)?;
     let vm = kvm.create_vm().map_err(ioctl("KVM_CREATE_VM"))?;
-    let memory = memory::create(2)?;
+    let memory = memory::map(2, Growth::default(), Source::Nothing { huge_pages: false })?;
     kvm::set_memory(&vm, &memory)?;
     kvm::create_irqchip(&vm)?;
     vcpu::write_tables(&memory)?;
     let code: Vec<u8> = INSTRUCTIONS.iter().flat_map(|(_, code)| code.iter().chain(&REPORT)).copied().collect();
     memory.write_slice(&code, GuestAddress(CODE))?;
     let mut vcpu = vm.create_vcpu(0).map_err(ioctl("KVM_CREATE_VCPU"))?;
-    vcpu::set_up(&vcpu, 0, &Cpuid::supported(&kvm)?.of(0, 1), GuestAddress(CODE))?;
+    vcpu::set_up(&vcpu, &Cpuid::supported(&kvm)?.of(0, 1))?;
+    vcpu::boot(&vcpu, GuestAddress(CODE))?;
     let mut executed = Vec::new();
     for (instruction, _) in INSTRUCTIONS {
         run(&mut vcpu).map_err(|exit| ProbeError::Unusable { instruction, exit })?;

@@ -5,10 +5,9 @@
 
 use std::fs;
 
-use nix::sys::sysinfo::sysinfo;
-
 use crate::cgroup::{CONTAINERS, ROOT};
 use crate::error::Error;
+use crate::room;
 
 /// Makes the group of the containers' groups.
 ///
@@ -21,21 +20,8 @@ pub fn prepare() -> Result<(), Error> {
     let all = all.join(" ");
     write(&format!("{ROOT}/cgroup.subtree_control"), &all)?;
     make(CONTAINERS)?;
-    let memory = sysinfo().map_err(|error| Error::io("cannot ask for the guest's memory", error.into()))?;
-    write(
-        &format!("{CONTAINERS}/memory.max"),
-        &left_to_containers(memory.ram_total(), memory.ram_unused()).to_string(),
-    )?;
+    room::set(0)?;
     write(&format!("{CONTAINERS}/cgroup.subtree_control"), &all)
-}
-
-/// What all containers together may have of the guest's memory, of which `unused` is free when the guest has started; in
-/// bytes.
-///
-/// The rest is the agent's and the kernel's. Files in memory are nobody's whom the kernel could kill: a container that
-/// fills all memory with them would otherwise end the guest.
-fn left_to_containers(total: u64, unused: u64) -> u64 {
-    unused.saturating_sub((total / 16).clamp(8 << 20, 16 << 20))
 }
 
 fn make(path: &str) -> Result<(), Error> {
@@ -44,18 +30,4 @@ fn make(path: &str) -> Result<(), Error> {
 
 fn write(path: &str, value: &str) -> Result<(), Error> {
     fs::write(path, value).map_err(|error| Error::io(format_args!("cannot write {value:?} to {path}"), error))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_part_of_the_memory_is_kept() {
-        let mib = |mib: u64| mib << 20;
-        assert_eq!(left_to_containers(mib(100), mib(80)), mib(72));
-        assert_eq!(left_to_containers(mib(480), mib(450)), mib(434));
-        assert_eq!(left_to_containers(mib(16 << 10), mib(16 << 10)), mib((16 << 10) - 16));
-        assert_eq!(left_to_containers(mib(9), mib(4)), 0);
-    }
 }

@@ -104,12 +104,20 @@ impl Cgroup {
         update::apply(self, resources)
     }
 
+    /// Waits until it has no process: each has let go of its files and mounts then.
+    ///
+    /// # Errors
+    /// Those of the files, and `TimedOut` after ten seconds; that there is no such group is none.
+    pub fn wait_until_empty(&self) -> io::Result<()> {
+        absent_is_ok(self.wait_for_event("populated 0", Duration::from_secs(10)))
+    }
+
     /// Waits until it has no process, and removes it with the groups that were made below it.
     ///
     /// # Errors
     /// Those of the files, and `TimedOut` after ten seconds; that there is no such group is none.
     pub fn remove(&self) -> io::Result<()> {
-        absent_is_ok(self.wait_for_event("populated 0", Duration::from_secs(10)))?;
+        self.wait_until_empty()?;
         absent_is_ok(remove_tree(&self.path))
     }
 

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use futures::FutureExt;
 use katavm_protocol::agent::event::What;
 use katavm_protocol::agent::{
-    CheckRequest, CreateSandboxRequest, Empty, ResizeTerminalRequest, SignalRequest, Stdio, StreamKind,
+    AdjustClockRequest, CheckRequest, CreateSandboxRequest, Empty, ResizeTerminalRequest, SignalRequest, Stdio,
+    StreamKind,
 };
 use serde_json::{Value, json};
 use ttrpc::Code;
@@ -28,6 +29,7 @@ pub async fn run(agent: &Agent, filter: &str) {
         agent,
         filter,
         check,
+        clock,
         sandbox,
         exit_status,
         isolation,
@@ -107,17 +109,30 @@ async fn check(agent: &Agent) {
     assert_eq!(reply.kernel_release, std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap().trim());
 }
 
-async fn sandbox(agent: &Agent) {
-    let request = CreateSandboxRequest {
-        hostname: "pod".into(),
-        realtime_ns: 2_000_000_000_123_456_789,
-        entropy: vec![7; 64],
-        ..Default::default()
+async fn clock(agent: &Agent) {
+    const HOUR_NS: i64 = 3_600_000_000_000;
+    let now = async || agent.client.check(soon(), &CheckRequest::new()).await.unwrap().realtime_ns as i64;
+    let adjust = async |offset_ns| {
+        let request = AdjustClockRequest { offset_ns, ..Default::default() };
+        agent.client.adjust_clock(soon(), &request).await
     };
+    let before = now().await;
+    adjust(HOUR_NS).await.unwrap();
+    // A little is made up later.
+    adjust(-50_000_000).await.unwrap();
+    let gone = now().await - before - HOUR_NS;
+    assert!((0..60_000_000_000).contains(&gone), "{gone}");
+    adjust(-HOUR_NS).await.unwrap();
+    let gone = now().await - before;
+    assert!((0..60_000_000_000).contains(&gone), "{gone}");
+    let (code, text) = status(adjust(i64::MIN).await.unwrap_err());
+    assert!(text.contains("cannot adjust the clock"), "{code:?} {text}");
+}
+
+async fn sandbox(agent: &Agent) {
+    let request = CreateSandboxRequest { hostname: "pod".into(), entropy: vec![7; 64], ..Default::default() };
     agent.client.create_sandbox(soon(), &request).await.unwrap();
     assert_eq!(std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap().trim(), "pod");
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
-    assert!((2_000_000_000..2_000_000_060).contains(&now), "{now}");
     let lost = CreateSandboxRequest { shared_tag: "nothing".into(), ..Default::default() };
     let (code, text) = status(agent.client.create_sandbox(soon(), &lost).await.unwrap_err());
     assert!(text.contains("nothing") || text.contains("CONFIG_VIRTIO_FS"), "{code:?} {text}");

@@ -59,7 +59,7 @@ mod tests {
 
     fn memory() -> GuestMemory {
         let memory =
-            GuestMemory::from_ranges(&[(GuestAddress(0), 16 * PAGE), (GuestAddress(1 << 20), 4 * PAGE)]).unwrap();
+            crate::memory::anonymous(&[(GuestAddress(0), 16 * PAGE), (GuestAddress(1 << 20), 4 * PAGE)]).unwrap();
         for region in memory.iter() {
             let bytes = vec![7; usize::try_from(region.len()).unwrap()];
             memory.write_slice(&bytes, region.start_addr()).unwrap();

@@ -1,29 +1,39 @@
 //! The virtio side: configuration space and queues (virtio 1.3, 5.11).
 
 use std::io;
+use std::mem;
+use std::sync::{Arc, Mutex};
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 
+use super::pool::{Attendant, Pool, THREADS};
 use super::{FsShare, FsState};
-use crate::virtio::queue::QueueSet;
-use crate::virtio::{DeviceType, VirtioDevice};
+use crate::virtio::queue::{QueueError, QueueSet, QueueState};
+use crate::virtio::{ActivateError, DeviceType, ReadyQueues, VirtioDevice, Worker};
 
 /// Length of the tag in the configuration space in bytes.
 const TAG_LEN: usize = 36;
 /// The tag and `num_request_queues`.
 const CONFIG_LEN: usize = TAG_LEN + 4;
 const REQUEST_QUEUES: u8 = 1;
+/// The high-priority queue comes first (5.11.2).
+const QUEUES: usize = 1 + REQUEST_QUEUES as usize;
 /// 256 pages and the heads of one request fit without an indirect table; Linux caps requests at what fits.
 const QUEUE_SIZE: u16 = 1024;
-/// Requests that one turn of the event loop serves, so that other devices, and a VMM that wants to stop, get theirs.
-const REQUESTS_PER_TURN: usize = 64;
+/// Messages of the high-priority queue that one turn of the event loop takes, so that others get theirs.
+const FORGETS_PER_TURN: usize = 64;
 
 /// A virtio-fs device.
 ///
-/// The thread whose event loop runs it gets its own umask and its own working directory with the first request.
+/// In here is the high-priority queue, on which the driver says what it forgets; requests are the [`Pool`]'s. Each thread
+/// that serves them gets its own umask and its own working directory with the first one.
 pub struct Fs {
     share: FsShare,
+    /// Both; never active, as they are `forgets` and the pool's.
     queues: QueueSet,
+    forgets: QueueSet,
+    pool: Arc<Pool>,
+    attendants: Vec<Arc<Mutex<Attendant>>>,
     config: [u8; CONFIG_LEN],
 }
 
@@ -38,15 +48,17 @@ impl Fs {
             let message = format!("the virtio-fs tag {tag:?} must have 1 to {TAG_LEN} bytes, none of them NUL");
             return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
         }
-        // The high-priority queue comes first (5.11.2).
-        let queues = QueueSet::new(&[QUEUE_SIZE; 1 + REQUEST_QUEUES as usize])?;
+        let queues = QueueSet::new(&[QUEUE_SIZE; QUEUES])?;
+        let (forgets, requests) = (queues.part(0..1)?, queues.part(1..QUEUES)?);
+        let pool = Pool::new(share.clone(), requests)?;
+        let attendants = (0..THREADS).map(|_| Arc::new(Mutex::new(Attendant(Arc::clone(&pool))))).collect();
         let mut config = [0; CONFIG_LEN];
         for (to, from) in config.iter_mut().zip(tag.as_bytes()) {
             *to = *from;
         }
         config[TAG_LEN] = REQUEST_QUEUES;
         share.attach()?;
-        Ok(Self { share, queues, config })
+        Ok(Self { share, queues, forgets, pool, attendants, config })
     }
 
     /// The share behind the device.
@@ -59,22 +71,6 @@ impl Fs {
     #[must_use]
     pub fn save(&self) -> FsState {
         self.share.save()
-    }
-
-    /// Serves what is available on queue `index`; where that is more than a turn's work, the rest comes in the next.
-    fn serve(&mut self, index: usize) {
-        let Some(memory) = self.queues.memory() else { return };
-        self.queues.disable_kicks(index);
-        for _ in 0..REQUESTS_PER_TURN {
-            if let Some(chain) = self.queues.pop(index) {
-                let used = self.share.handle(chain.reader(&memory), chain.writer(&memory));
-                self.queues.add_used(index, chain.head(), used);
-                self.queues.notify(index);
-            } else if !self.queues.enable_kicks(index) {
-                return;
-            }
-        }
-        self.queues.kick(index);
     }
 }
 
@@ -105,20 +101,41 @@ impl VirtioDevice for Fs {
         &self.config
     }
 
-    fn reset(&mut self) {
+    fn workers(&self) -> Vec<Worker> {
+        self.attendants.iter().map(|attendant| Arc::clone(attendant) as Worker).collect()
+    }
+
+    fn start(&mut self, mut ready: ReadyQueues, _features: u64) -> Result<(), ActivateError> {
+        let queues = mem::take(&mut ready.queues);
+        let [forgets, requests] = <[_; QUEUES]>::try_from(queues).map_err(|_| QueueError::Config)?;
+        self.forgets.activate(ready.part(vec![forgets]));
+        self.pool.start(ready.part(vec![requests]));
+        Ok(())
+    }
+
+    fn stop(&mut self) {
+        self.forgets.deactivate();
+        self.pool.stop();
         self.share.reset();
+    }
+
+    fn save_queues(&self) -> Option<Vec<QueueState>> {
+        let (mut all, requests) = (self.forgets.save()?, self.pool.save()?);
+        all.extend(requests);
+        Some(all)
     }
 }
 
 impl MutEventSubscriber for Fs {
-    fn process(&mut self, events: Events, _ops: &mut EventOps) {
-        let index = events.data() as usize;
-        if self.queues.take_kick(index) {
-            self.serve(index);
-        }
+    fn process(&mut self, _events: Events, _ops: &mut EventOps) {
+        self.forgets.take_kick(0);
+        self.forgets.fail_with_others();
+        let share = &self.share;
+        self.forgets
+            .serve(0, FORGETS_PER_TURN, |chain, memory| share.handle(chain.reader(memory), chain.writer(memory)));
     }
 
     fn init(&mut self, ops: &mut EventOps) {
-        self.queues.register(ops);
+        self.forgets.register(ops);
     }
 }

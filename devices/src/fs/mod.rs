@@ -4,6 +4,7 @@
 //! runs. [`Fs`] is the virtio device. `docs/virtiofs.md` tells what is negotiated with the guest and why.
 
 mod device;
+mod pool;
 mod server;
 mod state;
 

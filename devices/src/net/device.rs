@@ -1,6 +1,7 @@
 //! The device behind the transport.
 
 use std::io;
+use std::mem;
 use std::sync::{Arc, Mutex};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
@@ -191,21 +192,20 @@ impl Net {
         self.set_offloads(offloads);
     }
 
-    fn start_queues(&mut self, ready: ReadyQueues) -> Result<(), QueueError> {
-        let ReadyQueues { mut queues, memory, interrupt } = ready;
+    fn start_queues(&mut self, mut ready: ReadyQueues) -> Result<(), QueueError> {
+        let mut queues = mem::take(&mut ready.queues);
         // Without VIRTIO_NET_F_MQ there is one pair, and the control queue follows it (virtio 1.3, 5.1.2).
         let pairs = if self.features & F_MQ == 0 { 1 } else { self.pairs.len() };
         self.control_at = pairs * PAIR;
         if self.control_at >= queues.len() {
             return Err(QueueError::Config);
         }
-        let part = |queues| ReadyQueues { queues, memory: memory.clone(), interrupt: interrupt.clone() };
         let control = queues.remove(self.control_at);
-        self.control.activate(part(vec![control]));
+        self.control.activate(ready.part(vec![control]));
         let terms = Terms::new(self.features, self.settings.mtu);
         let mut queues = queues.into_iter();
         for mut pair in self.pairs() {
-            pair.start(part(queues.by_ref().take(PAIR).collect()), terms);
+            pair.start(ready.part(queues.by_ref().take(PAIR).collect()), terms);
         }
         Ok(())
     }
@@ -292,10 +292,7 @@ impl MutEventSubscriber for Net {
             return self.look_for_loss();
         }
         self.control.take_kick(0);
-        if self.control.needs_reset() {
-            // A queue of a pair has failed.
-            self.control.deactivate();
-        }
+        self.control.fail_with_others();
         self.obey();
     }
 }

@@ -134,10 +134,7 @@ impl Pair {
 
     /// One turn of work in both directions.
     fn run(&mut self) {
-        if self.queues.needs_reset() {
-            // Another queue of the device has failed.
-            self.queues.deactivate();
-        }
+        self.queues.fail_with_others();
         if !self.enabled {
             return;
         }

@@ -28,6 +28,8 @@ pub enum DeviceType {
     Balloon = 5,
     /// Socket device.
     Vsock = 19,
+    /// Memory that is plugged in and taken out.
+    Mem = 24,
     /// File system device.
     Fs = 26,
 }
@@ -60,6 +62,13 @@ pub struct ReadyQueues {
     pub memory: GuestMemory,
     /// The device's interrupt.
     pub interrupt: Interrupt,
+}
+
+impl ReadyQueues {
+    /// These ones of them, for a part of the device.
+    pub(crate) fn part(&self, queues: Vec<VirtQueue>) -> Self {
+        Self { queues, memory: self.memory.clone(), interrupt: self.interrupt.clone() }
+    }
 }
 
 /// A virtio device behind a transport.

@@ -106,7 +106,7 @@ pub struct Machine {
 
 pub fn memory() -> GuestMemory {
     let regions = [(0, LOW_END), (HIGH_START, SEAM - HIGH_START), (SEAM, HIGH_END - SEAM)];
-    GuestMemory::from_ranges(&regions.map(|(start, len)| (GuestAddress(start), len as usize))).unwrap()
+    katavm_devices::memory::anonymous(&regions.map(|(start, len)| (GuestAddress(start), len as usize))).unwrap()
 }
 
 impl Machine {

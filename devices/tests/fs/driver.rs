@@ -5,11 +5,11 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
+use event_manager::{EventManager, SubscriberOps};
 use katavm_devices::fs::{ExportOptions, Fs, FsShare};
 use katavm_devices::memory::GuestMemory;
-use katavm_devices::virtio::Interrupt;
 use katavm_devices::virtio::mmio::MmioTransport;
+use katavm_devices::virtio::{Interrupt, VirtioDevice, Worker};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -17,6 +17,9 @@ const MEMORY: usize = 32 << 20;
 const QUEUE_SIZE: u16 = 1024;
 const REQUEST_AT: u64 = 8 << 20;
 const REPLY_AT: u64 = 16 << 20;
+const LANES_AT: u64 = 24 << 20;
+/// Descriptors of a lane: a request of 1 MiB, or a reply, and their headers.
+const DESCRIPTORS: u16 = 300;
 const PAGE: usize = 4096;
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
@@ -118,8 +121,6 @@ pub struct Row {
     pub kind: u32,
 }
 
-type Subscriber = Arc<Mutex<dyn MutEventSubscriber>>;
-
 pub struct Guest {
     pub share: FsShare,
     pub uid: u32,
@@ -127,18 +128,31 @@ pub struct Guest {
     pub unique: u64,
     transport: MmioTransport,
     memory: GuestMemory,
-    events: EventManager<Subscriber>,
+    events: EventManager<Worker>,
+    workers: Vec<Worker>,
     available: [u16; 2],
+}
+
+/// A request that was posted.
+#[derive(Clone, Copy)]
+pub struct Posted {
+    queue: usize,
+    lane: u16,
+    room: usize,
+    /// Requests that were used before.
+    used: u16,
 }
 
 impl Guest {
     /// A driver that has set its queues up on `share`, INIT not yet sent.
     pub fn attach(share: FsShare) -> Self {
         let device = Arc::new(Mutex::new(Fs::new("test", share.clone()).unwrap()));
-        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
+        let memory = katavm_devices::memory::anonymous(&[(GuestAddress(0), MEMORY)]).unwrap();
         let interrupt = Interrupt::new(EventFd::new(EFD_NONBLOCK).unwrap());
-        let mut events = EventManager::<Subscriber>::new().unwrap();
+        let mut events = EventManager::<Worker>::new().unwrap();
         events.add_subscriber(device.clone());
+        let workers = device.lock().unwrap().workers();
+        events.add_subscriber(Arc::clone(&workers[0]));
         let mut transport = MmioTransport::new(device, memory.clone(), interrupt).unwrap();
         let mut set = |register: u64, value: u32| transport.write(register, &value.to_le_bytes());
         // ACKNOWLEDGE, DRIVER, VERSION_1, FEATURES_OK (virtio 1.3, 3.1.1 and 4.2.2).
@@ -157,7 +171,7 @@ impl Guest {
             set(0x44, 1);
         }
         set(0x70, 15);
-        let mut this = Self { share, uid: 0, gid: 0, unique: 0, transport, memory, events, available: [0; 2] };
+        let mut this = Self { share, uid: 0, gid: 0, unique: 0, transport, memory, events, workers, available: [0; 2] };
         assert_eq!(this.status(), 15, "the device is running");
         this
     }
@@ -195,48 +209,86 @@ impl Guest {
 
     /// Sends raw bytes with `room` bytes for the reply, in pages; gives what the device wrote.
     pub fn send(&mut self, queue: usize, request: &[u8], room: usize) -> Vec<u8> {
-        self.memory.write_slice(request, GuestAddress(REQUEST_AT)).unwrap();
-        self.memory.write_slice(&vec![0xaa; room + PAGE], GuestAddress(REPLY_AT)).unwrap();
+        let posted = self.post(0, queue, request, room);
+        self.events.run_with_timeout(1000).unwrap();
+        let reply = self.reply(posted).expect("the request was used");
+        assert_eq!(self.used(queue), self.available[queue], "nothing else is under way");
+        reply
+    }
+
+    /// Makes a request available, whose buffers are those of `lane` 0, which has megabytes, or 1 or 2, which have 32 KiB.
+    pub fn post(&mut self, lane: u16, queue: usize, request: &[u8], room: usize) -> Posted {
+        let (request_at, reply_at) = Self::lane(lane);
+        self.memory.write_slice(request, GuestAddress(request_at)).unwrap();
+        self.memory.write_slice(&vec![0xaa; room + PAGE], GuestAddress(reply_at)).unwrap();
         let mut parts = Vec::new();
         // The header apart, as Linux does it.
         let head = request.len().min(40);
-        parts.push((REQUEST_AT, head, 0));
+        parts.push((request_at, head, 0));
         for at in (head..request.len()).step_by(PAGE) {
-            parts.push((REQUEST_AT + at as u64, (request.len() - at).min(PAGE), 0));
+            parts.push((request_at + at as u64, (request.len() - at).min(PAGE), 0));
         }
         let reply_head = room.min(16);
         if room > 0 {
-            parts.push((REPLY_AT, reply_head, WRITE));
+            parts.push((reply_at, reply_head, WRITE));
         }
         for at in (reply_head..room).step_by(PAGE) {
-            parts.push((REPLY_AT + at as u64, (room - at).min(PAGE), WRITE));
+            parts.push((reply_at + at as u64, (room - at).min(PAGE), WRITE));
         }
+        let used = self.used(queue);
         let base = Self::base(queue);
-        for (index, (address, len, flags)) in parts.iter().enumerate() {
-            let at = GuestAddress(base + 16 * index as u64);
-            let last = index + 1 == parts.len();
+        let first = lane * DESCRIPTORS;
+        for (index, (address, len, flags)) in (first..).zip(&parts) {
+            let at = GuestAddress(base + 16 * u64::from(index));
+            let last = usize::from(index - first) + 1 == parts.len();
             let flags = flags | if last { 0 } else { NEXT };
             self.memory.write_obj(*address, at).unwrap();
             self.memory.write_obj(*len as u32, GuestAddress(at.0 + 8)).unwrap();
             self.memory.write_obj(flags, GuestAddress(at.0 + 12)).unwrap();
-            self.memory.write_obj(index as u16 + 1, GuestAddress(at.0 + 14)).unwrap();
+            self.memory.write_obj(index + 1, GuestAddress(at.0 + 14)).unwrap();
         }
-        let (available, used) = (base + 0x8000, base + 0x10000);
+        let available = base + 0x8000;
         let slot = self.available[queue] % QUEUE_SIZE;
-        self.memory.write_obj(0_u16, GuestAddress(available + 4 + 2 * u64::from(slot))).unwrap();
+        self.memory.write_obj(first, GuestAddress(available + 4 + 2 * u64::from(slot))).unwrap();
         self.available[queue] = self.available[queue].wrapping_add(1);
         self.memory.write_obj(self.available[queue], GuestAddress(available + 2)).unwrap();
         self.transport.write(0x50, &(queue as u32).to_le_bytes());
-        self.events.run_with_timeout(1000).unwrap();
-        let done: u16 = self.memory.read_obj(GuestAddress(used + 2)).unwrap();
-        assert_eq!(done, self.available[queue], "the request was used");
-        let len: u32 = self.memory.read_obj(GuestAddress(used + 4 + 8 * u64::from(slot) + 4)).unwrap();
+        Posted { queue, lane, room, used }
+    }
+
+    /// What the device wrote for a request, once it has used it.
+    pub fn reply(&self, posted: Posted) -> Option<Vec<u8>> {
+        let Posted { queue, lane, room, used } = posted;
+        let at = |index: u16| Self::base(queue) + 0x10000 + 4 + 8 * u64::from(index % QUEUE_SIZE);
+        let count = self.used(queue).wrapping_sub(used);
+        let own = |at: &u64| self.memory.read_obj::<u32>(GuestAddress(*at)).unwrap() == u32::from(lane * DESCRIPTORS);
+        let at = (0..count).map(|index| at(used.wrapping_add(index))).find(own)?;
+        let len: u32 = self.memory.read_obj(GuestAddress(at + 4)).unwrap();
         assert!(len as usize <= room, "no more is used than there is room");
         let mut reply = vec![0; room + PAGE];
-        self.memory.read_slice(&mut reply, GuestAddress(REPLY_AT)).unwrap();
+        self.memory.read_slice(&mut reply, GuestAddress(Self::lane(lane).1)).unwrap();
         assert!(reply[room..].iter().all(|byte| *byte == 0xaa), "nothing is written beyond the room");
         reply.truncate(len as usize);
-        reply
+        Some(reply)
+    }
+
+    /// How many requests of a queue the device has used.
+    pub fn used(&self, queue: usize) -> u16 {
+        self.memory.read_obj(GuestAddress(Self::base(queue) + 0x10000 + 2)).unwrap()
+    }
+
+    /// The device's workers, the first of which this driver runs itself.
+    pub fn workers(&self) -> &[Worker] {
+        &self.workers
+    }
+
+    fn lane(lane: u16) -> (u64, u64) {
+        if lane == 0 {
+            (REQUEST_AT, REPLY_AT)
+        } else {
+            let at = LANES_AT + (u64::from(lane) << 16);
+            (at, at + (1 << 15))
+        }
     }
 
     /// Request bytes with a right header.

@@ -12,4 +12,5 @@ mod mounts;
 mod names;
 mod owners;
 mod persist;
+mod waiting;
 mod xattrs;

@@ -89,7 +89,7 @@ macro_rules! table {
 mod hostile {
     table! {
         [rng, block, block_blocking, block_read_only, fs, vsock, net_transmit, net_receive, net_control,
-         balloon_inflate, balloon_report]
+         balloon_inflate, balloon_report, mem]
         chains: [
             descriptor_loop, descriptor_loop_to_itself, next_at_table_size, next_far_outside,
             head_at_table_size, head_far_outside, loop_in_indirect_table, next_outside_indirect_table,

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex};
 use katavm_devices::balloon::Balloon;
 use katavm_devices::block::{Block, BlockConfig, BlockOptions, EngineKind};
 use katavm_devices::fs::{ExportOptions, Fs, FsShare};
+use katavm_devices::mem::{Backing, Mem};
 use katavm_devices::net::{Backend, Net, NetConfig, Offloads};
 use katavm_devices::rng::Rng;
 use katavm_devices::virtio::VirtioDevice;
@@ -477,5 +478,44 @@ impl Subject for BalloonSubject {
         assert_eq!(len, Some(0), "a good request is answered");
         assert_eq!(machine.take(WRITABLE, 4096), [0; 4096], "the page was let go of");
         assert!(machine.interrupted(), "an answer interrupts");
+    }
+}
+
+struct MemSubject;
+
+pub fn mem() -> impl Subject {
+    MemSubject
+}
+
+/// Memory that is always there.
+struct There;
+
+impl Backing for There {
+    fn grant(&mut self, _bytes: u64) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Where the region is.
+const PLUGGABLE: u64 = 64 << 30;
+
+impl Subject for MemSubject {
+    fn device(&self) -> Arc<Mutex<dyn VirtioDevice>> {
+        let mut mem = Mem::new(256).unwrap();
+        mem.place(PLUGGABLE, Box::new(There)).unwrap();
+        mem.request(256).unwrap();
+        Arc::new(Mutex::new(mem))
+    }
+
+    fn request(&self) -> (Vec<u8>, u32) {
+        // What is plugged of the first block.
+        let mut request = Vec::from(3_u64.to_le_bytes());
+        request.extend(PLUGGABLE.to_le_bytes());
+        request.extend(1_u64.to_le_bytes());
+        (request, 10)
+    }
+
+    fn check(&self, len: u32, answer: &[u8]) {
+        assert_eq!((len, answer), (10, &[0, 0, 0, 0, 0, 0, 0, 0, 1, 0][..]));
     }
 }

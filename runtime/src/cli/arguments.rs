@@ -403,14 +403,14 @@ pub struct Update {
     /// Weight of the sandbox' I/O on the host, from 10 to 1000
     #[arg(long, value_name = "N")]
     pub blkio_weight: Option<u16>,
-    /// Memory in bytes
-    #[arg(long, short = 'm', value_name = "BYTES", allow_hyphen_values = true)]
+    /// Memory in bytes, or as 512M, 1G; -1 for no limit
+    #[arg(long, short = 'm', value_name = "BYTES", allow_hyphen_values = true, value_parser = bytes)]
     pub memory: Option<i64>,
     /// Memory that is kept for the container, in bytes
-    #[arg(long, value_name = "BYTES", allow_hyphen_values = true)]
+    #[arg(long, value_name = "BYTES", allow_hyphen_values = true, value_parser = bytes)]
     pub memory_reservation: Option<i64>,
     /// Memory and swap together, in bytes
-    #[arg(long, value_name = "BYTES", allow_hyphen_values = true)]
+    #[arg(long, value_name = "BYTES", allow_hyphen_values = true, value_parser = bytes)]
     pub memory_swap: Option<i64>,
     /// Accepted: control groups have no such limit any more
     #[arg(long, value_name = "BYTES", hide = true, allow_hyphen_values = true)]
@@ -478,6 +478,28 @@ pub struct Check {
     pub quiet: bool,
 }
 
+/// An amount of memory as runc's `update` takes it: bytes, or with a unit, binary whichever way it is written; -1 is none.
+fn bytes(text: &str) -> Result<i64, String> {
+    if text == "-1" {
+        return Ok(-1);
+    }
+    let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (digits, unit) = text.split_at(end);
+    let unit = unit.trim_start().to_ascii_lowercase();
+    let letter = unit.strip_suffix('b').map_or(&*unit, |letter| letter.strip_suffix('i').unwrap_or(letter));
+    let exponent = match letter {
+        "" => 0,
+        "k" => 10,
+        "m" => 20,
+        "g" => 30,
+        "t" => 40,
+        "p" => 50,
+        _ => return Err("write bytes, or 512M, 1G".into()),
+    };
+    let number: i64 = digits.parse().map_err(|_| "write bytes, or 512M, 1G")?;
+    number.checked_mul(1 << exponent).ok_or_else(|| "more than there can be".into())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -537,5 +559,24 @@ mod tests {
             (exec.env, exec.command),
             (vec!["A=1".to_owned()], ["ls", "-l", "--all"].map(str::to_owned).to_vec())
         );
+    }
+
+    #[test]
+    fn amounts_of_memory_are_read_as_runc_reads_them() {
+        for (text, expected) in [
+            ("0", 0),
+            ("-1", -1),
+            ("4096", 4096),
+            ("1k", 1024),
+            ("2M", 2 << 20),
+            ("3 GB", 3 << 30),
+            ("1GiB", 1 << 30),
+            ("5b", 5),
+        ] {
+            assert_eq!(bytes(text), Ok(expected), "{text}");
+        }
+        for text in ["", "x", "-2", "1.5", "1x", "1ib2", "M", "99999999999P", "9223372036854775808"] {
+            assert!(bytes(text).is_err(), "{text}");
+        }
     }
 }

@@ -8,6 +8,7 @@ use anyhow::{Context, bail};
 
 use super::arguments::{Global, Network, Run, TimingsFormat};
 use super::{background, control, launch_options, pid_file, state_root};
+use crate::config::Bundle;
 use crate::hooks::{self, Point};
 use crate::launch::Launch;
 use crate::pod::Io;
@@ -32,7 +33,7 @@ pub fn run(global: &Global, options: Run, mut timings: Timings) -> anyhow::Resul
     let mut settled = launch_options(global, machine, console)?;
     settled.user_network = network.map(|Network::User| publish);
     let has_own_network = settled.user_network.is_some();
-    let launch = Launch::plan(&root, id, &bundle, settled)?;
+    let launch = Launch::plan(&root, id, Bundle::load(&bundle)?, settled)?;
     if has_own_network && launch.pod.is_some() {
         bail!("--net: a container in the sandbox of another has the network of that");
     }

@@ -40,7 +40,7 @@ const SECCOMP: &str = "filter of the container's processes, by libseccomp";
 pub const TABLE: &[(&str, Fate)] = &[
     ("ociVersion", Host("must be 1.x; another is refused")),
     ("root", Parts),
-    ("root.path", Both("shared with the guest by virtio-fs")),
+    ("root.path", Both("shared with the guest by virtio-fs; a file system on a block device or in an image that containerd names instead is a disk of the guest")),
     ("root.readonly", Guest("read-only for the container; the agent still makes mount points that are missing in it")),
     ("hostname", Guest("of the container's UTS namespace, without which it is refused, and of the guest")),
     ("domainname", Guest("of the container's UTS namespace, without which it is refused")),

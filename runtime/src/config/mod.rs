@@ -84,10 +84,23 @@ pub struct Bundle {
     pub path: PathBuf,
     /// The root file system, absolute.
     pub rootfs: PathBuf,
+    /// What the guest is to mount instead of sharing that folder, which is empty then.
+    pub disk: Option<FileSystem>,
     /// The configuration.
     pub spec: Spec,
     /// What it says that a container will not get.
     pub unhonoured: Vec<Unhonoured>,
+}
+
+/// A file system on a block device or in an image file of the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FileSystem {
+    /// Its type.
+    pub kind: String,
+    /// What it is on.
+    pub source: PathBuf,
+    /// As mount(8) has them.
+    pub options: Vec<String>,
 }
 
 impl Bundle {
@@ -116,7 +129,7 @@ impl Bundle {
         }
         host::may_use_directory(&rootfs)
             .map_err(|error| ConfigError::RootfsAccess { path: rootfs.clone(), reason: system_message(&error) })?;
-        Ok(Self { path, unhonoured: unhonoured(&value), rootfs, spec })
+        Ok(Self { path, unhonoured: unhonoured(&value), rootfs, disk: None, spec })
     }
 }
 

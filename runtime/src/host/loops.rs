@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use linux_raw_sys::loop_device::{LO_FLAGS_AUTOCLEAR, LO_FLAGS_READ_ONLY, loop_config};
 use nix::errno::Errno;
 
+use super::files::open_disk;
+
 const CONTROL: &str = "/dev/loop-control";
 // From <linux/loop.h>.
 const LOOP_CTL_GET_FREE: libc::c_ulong = 0x4c82;
@@ -22,13 +24,13 @@ pub struct Loop {
 }
 
 impl Loop {
-    /// Makes one.
+    /// Makes one. The file's lock lasts as long as the device: meanwhile it is no disk of a guest, unless both only read.
     ///
     /// # Errors
-    /// Those of open(2) and of LOOP_CONFIGURE.
+    /// Those of [`open_disk`] and of LOOP_CONFIGURE.
     pub fn over(file: &Path, read_only: bool) -> io::Result<Self> {
         let open = |path: &Path| OpenOptions::new().read(true).write(!read_only).open(path);
-        let file = open(file)?;
+        let file = open_disk(file, read_only)?;
         let control = OpenOptions::new().read(true).write(true).open(CONTROL)?;
         // SAFETY: an all-zero loop_config is a valid value of it: plain integers and arrays of them.
         let mut config: loop_config = unsafe { std::mem::zeroed() };

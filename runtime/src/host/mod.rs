@@ -16,7 +16,7 @@ mod processes;
 mod users;
 
 pub use cgroup::{Cgroup, has_cgroup_v2};
-pub use clock::now_ns;
+pub use clock::{ClockChanges, now_ns};
 pub use code::let_go_of_code;
 pub use files::{
     EmptyTmpfs, FileKind, Place, identity, may_use_directory, open_disk, open_shared, scratch_file, system_message,

@@ -14,6 +14,7 @@ use crate::host::{self, Cgroup};
 use crate::limits;
 use crate::sandbox::blocking;
 use crate::sandbox::share::Exports;
+use crate::sandbox::size::Limits;
 use crate::state::{Journal, Record, Status};
 
 /// What of the host a container sees.
@@ -34,19 +35,26 @@ impl Seen {
     }
 }
 
+/// What a container is held to.
+pub(super) struct Held {
+    /// The group on the host that its limits hold for as well.
+    pub cgroup: Option<Cgroup>,
+    /// What the sandbox' size depends on; nothing if it only holds a pod together.
+    pub limits: Option<Limits>,
+}
+
 /// A container that was made.
 pub struct Container {
     id: String,
     init: Arc<Process>,
-    /// What of the host it sees while it lives.
-    seen: Mutex<Option<Seen>>,
+    /// What of the host it sees while it lives. Held while that is given up.
+    seen: tokio::sync::Mutex<Option<Seen>>,
     /// How the agent removes it.
     removal: Mutex<RemoveContainerRequest>,
     /// By exec id; nothing while it is being made.
     execs: Mutex<HashMap<String, Option<Arc<Process>>>>,
     journal: Mutex<Journal>,
-    /// The group on the host that its limits hold for as well.
-    cgroup: Option<Cgroup>,
+    held: Mutex<Held>,
     /// Out-of-memory kills.
     kills: Kills,
     /// What is written down about it holds for the sandbox, too.
@@ -59,17 +67,17 @@ impl Container {
         init: Arc<Process>,
         seen: Seen,
         journal: Journal,
-        cgroup: Option<Cgroup>,
+        held: Held,
         is_first: bool,
     ) -> Self {
         let container = Self {
             id,
             init,
-            seen: Mutex::new(Some(seen)),
+            seen: tokio::sync::Mutex::new(Some(seen)),
             removal: Mutex::default(),
             execs: Mutex::default(),
             journal: Mutex::new(journal),
-            cgroup,
+            held: Mutex::new(held),
             kills: Kills::new(),
             is_first,
         };
@@ -133,9 +141,10 @@ impl Container {
 
     /// Changes the limits that hold on the host.
     pub(super) async fn limit_on_host(&self, resources: &LinuxResources) -> Result<(), PodError> {
-        match (&self.cgroup, limits::only_on_host(resources).first()) {
+        let cgroup = self.held().cgroup.clone();
+        match (cgroup, limits::only_on_host(resources).first()) {
             (Some(cgroup), _) => {
-                let (cgroup, limits) = (cgroup.clone(), limits::of_host(resources));
+                let limits = limits::of_host(resources);
                 let limited = blocking(move || cgroup.limit(&limits)).await;
                 limited.map_err(|error| PodError::State(error.to_string()))
             }
@@ -146,6 +155,20 @@ impl Container {
                 self.id
             ))),
         }
+    }
+
+    /// What the sandbox' size depends on, as long as it has not ended.
+    pub(super) fn limits(&self) -> Option<Limits> {
+        self.held().limits.filter(|_| self.status() != Status::Stopped)
+    }
+
+    /// Notes what was changed.
+    pub(super) fn set_limits(&self, limits: Option<Limits>) {
+        self.held().limits = limits;
+    }
+
+    fn held(&self) -> MutexGuard<'_, Held> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Forgets a further process that has ended.
@@ -168,18 +191,25 @@ impl Container {
             std::future::pending::<()>().await;
         };
         tokio::select! {
-            () = self.init.follow() => {}
+            // Before anybody hears of the end: engines unmount these at once, and copy what is on the disks.
+            () = self.init.follow(self.release()) => {}
             () = started => {}
         }
-        // Before anybody hears of the end: engines unmount these at once.
-        let (id, seen) = (self.id.clone(), self.seen.lock().unwrap_or_else(PoisonError::into_inner).take());
-        let released = tokio::task::spawn_blocking(move || seen.map(|seen| seen.release(&id))).await;
-        if let Ok(Some((removal, mut disks))) = released {
+        // It may have been ended from outside.
+        self.release().await;
+        self.note(Status::Stopped);
+        self.init.dismiss_stand_in().await;
+    }
+
+    /// Gives up what of the host it sees; it has ended. That has been done when this returns, whoever does it.
+    pub(super) async fn release(&self) {
+        let mut held = self.seen.lock().await;
+        let Some(seen) = held.take() else { return };
+        let id = self.id.clone();
+        if let Ok((removal, mut disks)) = tokio::task::spawn_blocking(move || seen.release(&id)).await {
             *self.removal.lock().unwrap_or_else(PoisonError::into_inner) = removal;
             disks.detach().await;
         }
-        self.note(Status::Stopped);
-        self.init.dismiss_stand_in().await;
     }
 
     /// Whether the sandbox was made for it.
@@ -247,7 +277,7 @@ impl Claim {
         self.container.execs().insert(self.exec_id.clone(), Some(Arc::clone(process)));
         let (process, container, exec_id) = (Arc::clone(process), Arc::clone(&self.container), self.exec_id.clone());
         tokio::spawn(async move {
-            process.follow().await;
+            process.follow(std::future::ready(())).await;
             process.dismiss_stand_in().await;
             if process.has_stand_in() {
                 // That was all who wanted to know; its terminal must not stay open here.

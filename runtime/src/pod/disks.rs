@@ -1,7 +1,7 @@
 //! Disks of one container: file systems and block devices of the host that the guest has by itself.
 //!
 //! Each is put into an empty place of the machine and found there by the agent, before the container is made; both let go
-//! of it when the container's first process has ended.
+//! of it when the container's first process has ended. What the container wrote is on the disk then.
 
 use std::sync::Arc;
 
@@ -12,8 +12,8 @@ use serde_json::{Value, json};
 
 use super::PodError;
 use crate::host;
-use crate::sandbox::agent::Agent;
-use crate::sandbox::plan::Disk;
+use crate::sandbox::agent::{Agent, AgentError};
+use crate::sandbox::disk::{Disk, Part};
 use crate::sandbox::vm::Machine;
 use crate::sandbox::{Sandbox, blocking};
 
@@ -21,22 +21,32 @@ use crate::sandbox::{Sandbox, blocking};
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
     /// It cannot be opened.
-    #[error("mounts[{mount}]: cannot open {path} for the guest: {error}")]
+    #[error("{part}: cannot open {path} for the guest: {error}")]
     Open {
-        /// Which mount.
-        mount: usize,
+        /// What of the container it is.
+        part: Part,
         /// On the host.
         path: std::path::PathBuf,
         /// What the system said.
         error: std::io::Error,
     },
     /// The machine does not take it.
-    #[error("mounts[{mount}]: {error}")]
+    #[error("{part}: {error}")]
     Attach {
-        /// Which mount.
-        mount: usize,
+        /// What of the container it is.
+        part: Part,
         /// Why not.
         error: MicrovmError,
+    },
+    /// The guest does not take it.
+    #[error("{part}: the guest cannot use {path}: {error}")]
+    Guest {
+        /// What of the container it is.
+        part: Part,
+        /// On the host.
+        path: std::path::PathBuf,
+        /// What the agent said.
+        error: AgentError,
     },
     /// The configuration for the guest has no such mount.
     #[error("cannot write the guest's configuration: {0}")]
@@ -50,17 +60,19 @@ pub struct Disks(Option<Attached>);
 struct Attached {
     machine: Arc<dyn Machine>,
     agent: Agent,
+    container_id: String,
     places: Vec<usize>,
 }
 
 impl Disks {
-    /// Attaches all of `disks`; the container's configuration with where they are.
+    /// Attaches all of `disks` of a container; its configuration with where they are.
     ///
     /// # Errors
     /// Which one cannot be; none is attached then.
     pub async fn attach(
         sandbox: &Sandbox,
         agent: &Agent,
+        container_id: &str,
         disks: &[Disk],
         spec: Vec<u8>,
     ) -> Result<(Vec<u8>, Self), PodError> {
@@ -68,7 +80,8 @@ impl Disks {
             return Ok((spec, Self(None)));
         }
         let mut json: Value = serde_json::from_slice(&spec).map_err(DiskError::from)?;
-        let mut all = Self(Some(Attached { machine: sandbox.machine(), agent: agent.clone(), places: Vec::new() }));
+        let (machine, agent, container_id) = (sandbox.machine(), agent.clone(), container_id.to_owned());
+        let mut all = Self(Some(Attached { machine, agent, container_id, places: Vec::new() }));
         for disk in disks {
             match all.add(disk).await {
                 Ok(found) => describe(&mut json, disk, &found),
@@ -82,27 +95,33 @@ impl Disks {
     }
 
     async fn add(&mut self, disk: &Disk) -> Result<AttachDiskResponse, PodError> {
-        let Some(Attached { machine, agent, places }) = &mut self.0 else {
-            return Err(DiskError::Attach { mount: disk.mount, error: MicrovmError::NoPlace }.into());
+        let part = disk.part;
+        let Some(Attached { machine, agent, places, .. }) = &mut self.0 else {
+            return Err(DiskError::Attach { part, error: MicrovmError::NoPlace }.into());
         };
         let (path, read_only, machine) = (disk.path.clone(), disk.read_only, Arc::clone(machine));
         let opened = blocking(move || host::open_disk(&path, read_only)).await;
-        let file = opened.map_err(|error| DiskError::Open { mount: disk.mount, path: disk.path.clone(), error })?;
-        let config = BlockConfig::new(file, read_only, &format!("mount-{}", disk.mount));
+        let file = opened.map_err(|error| DiskError::Open { part, path: disk.path.clone(), error })?;
+        let serial = match part {
+            Part::Root => "root".to_owned(),
+            Part::Mount(index) => format!("mount-{index}"),
+        };
+        let config = BlockConfig::new(file, read_only, &serial);
         let attached = tokio::task::spawn_blocking(move || machine.attach_disk(config)).await;
         let attached = attached.unwrap_or_else(|error| Err(BlockError::from(std::io::Error::other(error)).into()));
-        let place = attached.map_err(|error| DiskError::Attach { mount: disk.mount, error })?;
+        let place = attached.map_err(|error| DiskError::Attach { part, error })?;
         places.push(place);
         let place = number(place);
         let (type_, options) = disk.file_system.clone().unwrap_or_default();
-        Ok(agent.attach_disk(&AttachDiskRequest { place, type_, options, ..Default::default() }).await?)
+        let found = agent.attach_disk(&AttachDiskRequest { place, type_, options, ..Default::default() }).await;
+        found.map_err(|error| DiskError::Guest { part, path: disk.path.clone(), error }.into())
     }
 
     /// Has guest and machine let go of them.
     pub async fn detach(&mut self) {
-        let Some(Attached { machine, agent, places }) = self.0.take() else { return };
+        let Some(Attached { machine, agent, container_id, places }) = self.0.take() else { return };
         for place in places {
-            if let Err(error) = agent.detach_disk(number(place)).await {
+            if let Err(error) = agent.detach_disk(number(place), &container_id).await {
                 // The guest may be gone; if it is not, it gets errors from here on.
                 log::debug!("the guest does not let go of the disk at place {place}: {error}");
             }
@@ -116,10 +135,13 @@ fn number(place: usize) -> u32 {
     u32::try_from(place).unwrap_or(u32::MAX)
 }
 
-/// Writes into the mount where the file system or the block device is in the guest, and for a block device the right to
-/// use it.
+/// Writes down where the file system or the block device is in the guest, and for a block device the right to use it.
 fn describe(spec: &mut Value, disk: &Disk, found: &AttachDiskResponse) {
-    let mount = &mut spec["mounts"][disk.mount];
+    let Part::Mount(index) = disk.part else {
+        spec["root"]["path"] = json!(found.mounted);
+        return;
+    };
+    let mount = &mut spec["mounts"][index];
     if disk.file_system.is_some() {
         mount["source"] = json!(found.mounted);
     } else {
@@ -141,7 +163,7 @@ mod tests {
     fn what_the_guest_has_takes_the_place_of_the_hosts() {
         let disk = |mount, is_node: bool| {
             let file_system = (!is_node).then(|| ("ext4".to_owned(), Vec::new()));
-            Disk { mount, path: "/dev/sdz".into(), read_only: false, file_system }
+            Disk { part: Part::Mount(mount), path: "/dev/sdz".into(), read_only: false, file_system }
         };
         let mounted = "/run/katavm/disks/7".to_owned();
         let found =
@@ -155,5 +177,8 @@ mod tests {
         assert_eq!(spec["linux"]["resources"]["devices"], json!([rule]));
         describe(&mut spec, &disk(0, true), &found);
         assert_eq!(spec["linux"]["resources"]["devices"], json!([rule, rule]));
+        spec["root"] = json!({ "path": "/x", "readonly": true });
+        describe(&mut spec, &Disk { part: Part::Root, ..disk(0, false) }, &found);
+        assert_eq!(spec["root"], json!({ "path": "/run/katavm/disks/7", "readonly": true }));
     }
 }

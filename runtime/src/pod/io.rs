@@ -59,6 +59,14 @@ impl Io {
         Ok(Self { terminal: Some(Arc::new(terminal)), fallback_size, ..Self::guest_terminal(stdio) })
     }
 
+    /// The same by other descriptors.
+    ///
+    /// # Errors
+    /// When none are left.
+    pub fn duplicate(&self) -> io::Result<Self> {
+        Ok(Self { stdio: self.stdio.duplicate()?, terminal: self.terminal.clone(), ..*self })
+    }
+
     /// The terminal's size.
     #[must_use]
     pub fn size(&self) -> WindowSize {

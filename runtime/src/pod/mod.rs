@@ -7,6 +7,7 @@ mod io;
 mod names;
 mod network;
 mod process;
+mod size;
 mod streams;
 mod volumes;
 mod watch;
@@ -19,6 +20,7 @@ use std::time::Duration;
 use katavm_devices::fs::FsShare;
 use katavm_protocol::agent::event::What;
 use katavm_protocol::agent::{CreateContainerRequest, CreateExecRequest, Ready, StatsResponse, Tmpfs};
+use katavm_vmm::MicrovmError;
 use oci_spec::runtime::LinuxResources;
 use tokio::sync::watch::Sender;
 
@@ -28,17 +30,20 @@ use crate::link::Link;
 use crate::network::NetworkError;
 use crate::process::terminal::TerminalError;
 use crate::sandbox::agent::{Agent, AgentError, GuestProcess};
-use crate::sandbox::plan::{Disk, Export, Replaced};
+use crate::sandbox::disk::Disk;
+use crate::sandbox::plan::{Export, Replaced};
 use crate::sandbox::share::{Share, ShareError, with_sources};
+use crate::sandbox::size::Limits;
 use crate::sandbox::{Sandbox, SandboxError};
 use crate::state::{Journal, Status};
 pub use container::Container;
-use container::Seen;
+use container::{Held, Seen};
 pub use disks::DiskError;
 use disks::Disks;
 pub use io::Io;
 pub use network::Network;
 pub use process::{Phase, Process};
+use size::Sizes;
 use volumes::Volumes;
 pub use watch::{News, Watched};
 
@@ -96,6 +101,14 @@ pub enum PodError {
     StandIn(String),
 }
 
+impl PodError {
+    /// Whether it failed for want of a place for a disk.
+    #[must_use]
+    pub fn wants_place(&self) -> bool {
+        matches!(self, Self::Disk(DiskError::Attach { error: MicrovmError::NoPlace, .. }))
+    }
+}
+
 impl From<AgentError> for PodError {
     fn from(error: AgentError) -> Self {
         Self::Sandbox(error.into())
@@ -125,6 +138,8 @@ pub struct NewContainer {
     /// The control group on the host that its limits hold for as well; nothing if that is another container's, or if
     /// there is none.
     pub cgroup: Option<Cgroup>,
+    /// What it may use, as far as the sandbox' size depends on it; nothing if it only holds a pod together.
+    pub limits: Option<Limits>,
     /// The sandbox was made for it: its state directory and control group are the sandbox' as well.
     pub is_first: bool,
 }
@@ -137,6 +152,8 @@ pub struct Pod {
     network: Option<Network>,
     /// What of the host the guest sees.
     share: Share,
+    /// How large it is.
+    sizes: Sizes,
     /// What of the host was copied to the guest.
     volumes: Volumes,
     containers: Mutex<BTreeMap<String, Arc<Container>>>,
@@ -151,7 +168,7 @@ pub struct Pod {
 }
 
 impl Pod {
-    /// Waits for a sandbox that was started, and prepares its guest.
+    /// Waits for a sandbox that was started, and prepares its guest. `cgroup` holds the sandbox if its memory is limited.
     ///
     /// # Errors
     /// Any [`PodError`].
@@ -159,6 +176,7 @@ impl Pod {
         sandbox: &Arc<Sandbox>,
         network: Option<Network>,
         share: FsShare,
+        cgroup: Option<Cgroup>,
         ready: impl FnOnce(Duration) -> std::io::Result<Ready> + Send + 'static,
         hostname: &str,
     ) -> Result<(Arc<Self>, Ready), PodError> {
@@ -168,7 +186,9 @@ impl Pod {
         let followed = AtomicBool::new(false);
         let (sandbox, share) = (Arc::clone(sandbox), Share::over(share));
         let volumes = Volumes::new(agent.clone());
-        let pod = Self { sandbox, agent, network, share, volumes, containers, retired, alive, watchers, followed };
+        let sizes = Sizes::new(&*sandbox.machine(), cgroup);
+        let pod =
+            Self { sandbox, agent, network, share, sizes, volumes, containers, retired, alive, watchers, followed };
         pod.update_network().await?;
         Ok((Arc::new(pod), ready))
     }
@@ -204,12 +224,26 @@ impl Pod {
     /// # Errors
     /// Any [`PodError`]; nothing is left of it then.
     pub async fn create(self: &Arc<Self>, new: NewContainer) -> Result<Arc<Process>, PodError> {
-        let NewContainer { id, spec, exports, tmpfs, replaced, disks, io, link, journal, cgroup, is_first } = new;
+        if new.is_first {
+            // The sandbox was planned for it.
+            return self.make(new).await;
+        }
+        let (id, limits) = (new.id.clone(), new.limits);
+        let made = self.with_room(&id, limits, self.make(new)).await;
+        if made.is_err() {
+            self.take_back();
+        }
+        made
+    }
+
+    async fn make(self: &Arc<Self>, new: NewContainer) -> Result<Arc<Process>, PodError> {
+        let NewContainer { id, spec, exports, tmpfs, replaced, disks, io, link, journal, cgroup, limits, is_first } =
+            new;
         if self.containers().contains_key(&id) {
             return Err(PodError::Exists(format!("container {id}")));
         }
         let (exports, copies) = (self.share.add(&exports)?, self.volumes.add(&replaced).await?);
-        let (spec, disks) = Disks::attach(&self.sandbox, &self.agent, &disks, spec).await?;
+        let (spec, disks) = Disks::attach(&self.sandbox, &self.agent, &id, &disks, spec).await?;
         let seen = Seen { exports, copies, disks };
         let spec = match with_sources(spec, seen.exports.sources().chain(seen.copies.sources())) {
             Ok(spec) => spec,
@@ -243,13 +277,15 @@ impl Pod {
                 return Err(error);
             }
         };
-        let container = Arc::new(Container::new(id.clone(), Arc::clone(&process), seen, journal, cgroup, is_first));
+        let held = Held { cgroup, limits };
+        let container = Arc::new(Container::new(id.clone(), Arc::clone(&process), seen, journal, held, is_first));
         self.containers().insert(id, Arc::clone(&container));
         self.alive.send_modify(|alive| *alive += 1);
         let pod = Arc::clone(self);
         tokio::spawn(async move {
             container.follow().await;
             pod.alive.send_modify(|alive| *alive -= 1);
+            pod.take_back();
         });
         Ok(process)
     }
@@ -408,14 +444,22 @@ impl Pod {
     ///
     /// # Errors
     /// Any [`PodError`].
-    pub async fn update(&self, container_id: &str, resources: &[u8]) -> Result<(), PodError> {
+    pub async fn update(self: &Arc<Self>, container_id: &str, resources: &[u8]) -> Result<(), PodError> {
         let container = self.container(container_id)?;
         let invalid = |error: serde_json::Error| PodError::State(format!("the resources: {error}"));
         let mut resources: LinuxResources = serde_json::from_slice(resources).map_err(invalid)?;
-        container.limit_on_host(&resources).await?;
-        limits::keep_guests(&mut resources);
-        let resources = serde_json::to_vec(&resources).map_err(invalid)?;
-        Ok(self.agent.update_container(container_id, resources).await?)
+        let limits = container.limits().map(|limits| limits.updated(&resources));
+        let updated = async {
+            container.limit_on_host(&resources).await?;
+            limits::keep_guests(&mut resources);
+            let resources = serde_json::to_vec(&resources).map_err(invalid)?;
+            self.agent.update_container(container_id, resources).await?;
+            container.set_limits(limits);
+            Ok(())
+        };
+        let updated = self.with_room(container_id, limits, updated).await;
+        self.take_back();
+        updated
     }
 
     /// Removes a container that has ended.
@@ -430,6 +474,8 @@ impl Pod {
                 "cannot delete container {container_id} that is not stopped: {status}"
             )));
         }
+        // Its end may just have been heard of.
+        container.release().await;
         // With the sandbox everything of it in the guest has gone.
         let goes_on = !self.sandbox.has_ended();
         if goes_on {

@@ -10,12 +10,12 @@ use std::time::Duration;
 use katavm_protocol::agent::ConfigureNetworkRequest;
 use katavm_vmm::Microvm;
 use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 
 use super::PodError;
 use super::forward::{self, ForwardError};
 use super::names;
+use crate::descriptor::awaited;
 use crate::network::{GuestNetwork, NetworkError};
 use crate::sandbox::agent::Agent;
 use crate::sandbox::vm::Dial;
@@ -73,8 +73,7 @@ impl Network {
     /// Updates whenever there are news, for as long as they can be heard; why they cannot.
     pub(super) async fn follow(&self, agent: &Agent) -> io::Error {
         let heard = async {
-            // SAFETY: an OwnedFd is the same open descriptor until it is dropped, and `AsyncFd` owns it from here on.
-            let news = unsafe { AsyncFd::register_with_interest(self.news.try_clone()?, Interest::READABLE) }?;
+            let news = awaited(self.news.try_clone()?, Interest::READABLE)?;
             loop {
                 news.readable().await?.clear_ready();
                 tokio::time::sleep(GATHERED).await;

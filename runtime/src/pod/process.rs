@@ -171,8 +171,8 @@ impl Process {
         Ok(())
     }
 
-    /// Follows it from its making to its end: call it once.
-    pub(super) async fn follow(&self) {
+    /// Follows it from its making to its end: call it once. Nobody hears of the end before `last` is done.
+    pub(super) async fn follow(&self, last: impl Future<Output = ()>) {
         tokio::select! {
             exit = self.agent.wait(&self.container_id, &self.exec_id) => match exit {
                 Ok(exit) => {
@@ -187,6 +187,7 @@ impl Process {
                             let _ = tokio::time::timeout(EXEC_LONGEST, drained).await;
                         }
                     }
+                    last.await;
                     self.end(exit);
                 }
                 Err(error) => {

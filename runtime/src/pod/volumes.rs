@@ -15,6 +15,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::task::AbortHandle;
 
 use super::PodError;
+use crate::descriptor::awaited;
 use crate::host::{Place, open_shared};
 use crate::sandbox::agent::Agent;
 use crate::sandbox::blocking;
@@ -150,8 +151,7 @@ fn watch(folder: &Path) -> io::Result<AsyncFd<OwnedFd>> {
     let fd = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
     let flags = WatchFlags::CREATE | WatchFlags::MOVED_TO | WatchFlags::DELETE | WatchFlags::ONLYDIR;
     inotify::add_watch(&fd, folder, flags)?;
-    // SAFETY: an OwnedFd is the same open descriptor until it is dropped, and `AsyncFd` owns it from here on.
-    unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }.map_err(Into::into)
+    awaited(fd, Interest::READABLE)
 }
 
 async fn read(folder: &Path) -> io::Result<Vec<VolumeEntry>> {

@@ -43,6 +43,15 @@ impl Inherited {
             stderr: unless_null(io::stderr().as_fd())?,
         })
     }
+
+    /// Duplicates of these.
+    ///
+    /// # Errors
+    /// When no descriptors are left.
+    pub fn duplicate(&self) -> io::Result<Self> {
+        let duplicate = |stream: &Option<OwnedFd>| stream.as_ref().map(OwnedFd::try_clone).transpose();
+        Ok(Self { stdin: duplicate(&self.stdin)?, stdout: duplicate(&self.stdout)?, stderr: duplicate(&self.stderr)? })
+    }
 }
 
 fn unless_null(fd: BorrowedFd<'_>) -> io::Result<Option<OwnedFd>> {

@@ -7,10 +7,10 @@ use std::time::Duration;
 
 pub use katavm_protocol::agent::Process as GuestProcess;
 use katavm_protocol::agent::{
-    AttachDiskRequest, AttachDiskResponse, CheckRequest, ConfigureNetworkRequest, ContainerRequest,
+    AdjustClockRequest, AttachDiskRequest, AttachDiskResponse, CheckRequest, ConfigureNetworkRequest, ContainerRequest,
     CreateContainerRequest, CreateExecRequest, CreateSandboxRequest, DetachDiskRequest, Empty, Event, Exit,
-    ProcessRequest, RemoveContainerRequest, ResizeTerminalRequest, SetSysctlsRequest, SetVolumeRequest, SignalRequest,
-    StatsResponse, UpdateContainerRequest,
+    ProcessRequest, RemoveContainerRequest, ResizeRequest, ResizeTerminalRequest, SetSysctlsRequest, SetVolumeRequest,
+    SignalRequest, StatsResponse, UpdateContainerRequest,
 };
 use katavm_protocol::agent_ttrpc::AgentClient;
 use tokio::time::timeout;
@@ -85,12 +85,22 @@ impl Agent {
         Ok(Self { client: AgentClient::new(Client::new(Socket::new(stream))) })
     }
 
-    /// Asks for nothing but an answer within `patience`.
+    /// Asks for nothing but an answer within `patience`: the guest's time, nanoseconds since the epoch.
     ///
     /// # Errors
     /// Any [`AgentError`].
-    pub async fn check(&self, patience: Duration) -> Result<(), AgentError> {
-        within(patience, self.client.check(deadline(patience), &CheckRequest::new())).await?;
+    pub async fn check(&self, patience: Duration) -> Result<u64, AgentError> {
+        let answer = within(patience, self.client.check(deadline(patience), &CheckRequest::new())).await?;
+        Ok(answer.realtime_ns)
+    }
+
+    /// Adds `offset_ns` nanoseconds to the guest's time.
+    ///
+    /// # Errors
+    /// Any [`AgentError`].
+    pub async fn adjust_clock(&self, offset_ns: i64) -> Result<(), AgentError> {
+        let request = AdjustClockRequest { offset_ns, ..Default::default() };
+        within(PATIENCE, self.client.adjust_clock(deadline(PATIENCE), &request)).await?;
         Ok(())
     }
 
@@ -120,12 +130,12 @@ impl Agent {
         within(PATIENCE, self.client.attach_disk(deadline(PATIENCE), request)).await
     }
 
-    /// Has the guest let go of the disk at a place.
+    /// Has the guest let go of the disk at a place when the last process of the container has ended that has it.
     ///
     /// # Errors
     /// Any [`AgentError`].
-    pub async fn detach_disk(&self, place: u32) -> Result<(), AgentError> {
-        let request = DetachDiskRequest { place, ..Default::default() };
+    pub async fn detach_disk(&self, place: u32, container_id: &str) -> Result<(), AgentError> {
+        let request = DetachDiskRequest { place, container_id: container_id.into(), ..Default::default() };
         within(PATIENCE, self.client.detach_disk(deadline(PATIENCE), &request)).await?;
         Ok(())
     }
@@ -284,6 +294,16 @@ impl Agent {
     /// Any [`AgentError`].
     pub async fn events(&self) -> Result<Events, AgentError> {
         Ok(Events(self.client.events(Context::default(), &Empty::new()).await?))
+    }
+
+    /// Has the containers use so many CPUs, which the machine has, and so many bytes of memory that are plugged in.
+    ///
+    /// # Errors
+    /// Any [`AgentError`].
+    pub async fn set_size(&self, cpus: u8, plugged: u64) -> Result<(), AgentError> {
+        let request = ResizeRequest { cpus: cpus.into(), plugged, ..Default::default() };
+        within(PATIENCE, self.client.resize(deadline(PATIENCE), &request)).await?;
+        Ok(())
     }
 
     /// Changes a container's limits: `resources` is JSON as in the runtime specification.

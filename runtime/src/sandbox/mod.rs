@@ -1,6 +1,8 @@
 //! The sandbox: a microVM with the agent in it, planned, booted, watched over and ended.
 
 pub mod agent;
+pub mod disk;
+pub mod heartbeat;
 pub mod image;
 pub mod plan;
 pub mod probe;
@@ -19,9 +21,12 @@ use katavm_vmm::ExitReason;
 use std::sync::Arc;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
+
+use crate::descriptor::awaited;
 
 use agent::{Agent, AgentError};
+use heartbeat::Beat;
 use vm::{Dial, Machine, SHARED_TAG};
 
 /// How long a guest may take to boot. Generous: this is for guests that hang, not for slow hosts.
@@ -33,21 +38,6 @@ const END_PATIENCE: Duration = Duration::from_secs(15);
 /// How long a failed conversation waits for the guest's end to explain it: a kernel that panics tells a long story
 /// after it has cut the connections.
 const EXPLAIN_PATIENCE: Duration = Duration::from_secs(10);
-
-/// The heartbeat.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Beat {
-    /// How often the agent is asked whether it is there.
-    pub every: Duration,
-    /// How long it may take to answer: a container that takes all CPUs slows it down, and is in its right.
-    pub patience: Duration,
-}
-
-impl Default for Beat {
-    fn default() -> Self {
-        Self { every: Duration::from_secs(10), patience: Duration::from_secs(30) }
-    }
-}
 
 /// What happened to a sandbox that did not come to its end.
 #[derive(Debug, thiserror::Error)]
@@ -128,9 +118,7 @@ impl Sandbox {
     /// When no descriptors are left.
     pub fn new(machine: Arc<dyn Machine>, dial: Arc<dyn Dial>) -> Result<Self, SandboxError> {
         let fd = vm::end_event(&*machine).map_err(SandboxError::Resource)?;
-        // SAFETY: an OwnedFd is the same open descriptor until it is dropped, and `AsyncFd` owns it from here on.
-        let end = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) };
-        let end = end.map_err(|error| SandboxError::Resource(error.into()))?;
+        let end = awaited(fd, Interest::READABLE).map_err(SandboxError::Resource)?;
         Ok(Self { machine, dial, end, beat: Beat::default() })
     }
 
@@ -217,24 +205,6 @@ impl Sandbox {
                 timeout(EXPLAIN_PATIENCE, self.ended()).await.unwrap_or(error)
             }
             _ => error,
-        }
-    }
-
-    /// Returns when the agent has not answered for too long although the machine runs, or can answer no more.
-    pub async fn heartbeat_lost(&self, agent: &Agent) -> SandboxError {
-        let Beat { every, patience } = self.beat;
-        loop {
-            sleep(every).await;
-            let answer = match agent.check(patience).await {
-                // Once more: a host that was itself suspended finds its clocks ahead of the guest's answer.
-                Err(AgentError::Silent) => agent.check(patience).await,
-                answer => answer,
-            };
-            match answer {
-                Ok(()) => {}
-                Err(AgentError::Silent) => return SandboxError::Hangs { console: self.machine.console_tail() },
-                Err(error) => return error.into(),
-            }
         }
     }
 

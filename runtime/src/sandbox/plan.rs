@@ -8,7 +8,8 @@ use katavm_protocol::CONTAINER;
 use katavm_protocol::agent::Tmpfs;
 use oci_spec::runtime::{LinuxIdMapping, LinuxNamespaceType, Mount, Spec};
 
-use super::size::{Size, SizeError, SizeOptions};
+use super::disk::{Disk, Part};
+use super::size::{Limits, Size, SizeError, SizeOptions};
 use super::volume;
 use crate::config::Bundle;
 use crate::host::{self, EmptyTmpfs, FileKind, IdMap, IdRange, system_message};
@@ -36,6 +37,11 @@ const STANDARD_DEVICES: [(u32, u32, &str); 6] = [
     (1, 9, "/dev/urandom"),
     (5, 0, "/dev/tty"),
 ];
+
+/// Empty places for disks, beside those that the first container has a disk for.
+const SPARE_PLACES: usize = 4;
+/// Places at least where the first container's root file system is on a disk: those of a pod's others are then, too.
+const ROOT_PLACES: usize = 20;
 
 /// Why no plan could be made.
 #[derive(Debug, thiserror::Error)]
@@ -105,57 +111,24 @@ pub struct Replaced {
     pub path: PathBuf,
 }
 
-/// A block device or image file of the host that the guest has as a disk.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Disk {
-    /// Which of the container's mounts it is.
-    pub mount: usize,
-    /// On the host.
-    pub path: PathBuf,
-    /// Whether the guest may not change it.
-    pub read_only: bool,
-    /// Type and options of the file system that is mounted; none where it is the block device itself.
-    pub file_system: Option<(String, Vec<String>)>,
-}
-
-/// Options of mount(8) that are one mount's, and not its file system's.
-const MOUNT_OPTIONS: [&str; 19] = [
-    "ro",
-    "rw",
-    "nosuid",
-    "suid",
-    "nodev",
-    "dev",
-    "noexec",
-    "exec",
-    "noatime",
-    "nodiratime",
-    "relatime",
-    "strictatime",
-    "private",
-    "rprivate",
-    "slave",
-    "rslave",
-    "unbindable",
-    "runbindable",
-    "defaults",
-];
-
-/// File systems on disks that the guest's kernel has.
-const FILE_SYSTEMS: [&str; 4] = ["ext2", "ext3", "ext4", "erofs"];
-
 /// Everything that is decided beforehand.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    /// RAM and vCPUs.
+    /// RAM and vCPUs at the start.
     pub size: Size,
-    /// What is shared, the root file system first.
+    /// What it may grow to.
+    pub most: Size,
+    /// Its memory is of huge pages.
+    pub huge_pages: bool,
+    /// What the container may use.
+    pub limits: Limits,
+    /// What is shared, the root file system first, if that is.
     pub exports: Vec<Export>,
     /// File systems in the guest's memory.
     pub tmpfs: Vec<Tmpfs>,
     /// What is copied.
     pub replaced: Vec<Replaced>,
-    /// What the guest has as disks.
+    /// What the guest has as disks, the root file system first, if that is one.
     pub disks: Vec<Disk>,
     /// config.json for the agent.
     pub guest_spec: Vec<u8>,
@@ -192,12 +165,19 @@ impl Plan {
         if let Some(root) = spec.root_mut() {
             root.set_path(Path::new(SHARED).join(&rootfs));
         }
-        let path = bundle.rootfs.clone();
-        let mut exports = vec![Export { name: rootfs, path, read_only: false, id_map: None, is_volume: false }];
-        let (mut tmpfs, mut replaced, mut disks) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut exports, mut disks) = (Vec::new(), Vec::new());
+        match &bundle.disk {
+            // Where the guest has it is known once it is attached.
+            Some(disk) => disks.push(Disk::of_root(disk)),
+            None => {
+                let path = bundle.rootfs.clone();
+                exports.push(Export { name: rootfs, path, read_only: false, id_map: None, is_volume: false });
+            }
+        }
+        let (mut tmpfs, mut replaced) = (Vec::new(), Vec::new());
         if let Some(mounts) = spec.mounts_mut() {
             for (index, mount) in mounts.iter_mut().enumerate() {
-                if let Some(disk) = disk(mount, index, &bundle.path)? {
+                if let Some(disk) = Disk::of_mount(mount, index, &bundle.path)? {
                     disks.push(disk);
                     continue;
                 }
@@ -236,10 +216,32 @@ impl Plan {
                 }
             }
         }
-        let view = View { rootfs: bundle.rootfs.clone(), volumes };
+        let view = View { rootfs: bundle.rootfs.clone(), is_elsewhere: bundle.disk.is_some(), volumes };
         strip(&mut spec, shared);
         let terminal = spec.process().as_ref().and_then(|process| process.terminal()).unwrap_or_default();
-        Ok(Self { size, exports, tmpfs, replaced, disks, guest_spec: serde_json::to_vec(&spec)?, terminal, view })
+        let most = size.most(options);
+        let resources = bundle.spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+        let limits = resources.map(Limits::of).unwrap_or_default();
+        Ok(Self {
+            size,
+            most,
+            huge_pages: options.huge_pages,
+            limits,
+            exports,
+            tmpfs,
+            replaced,
+            disks,
+            guest_spec: serde_json::to_vec(&spec)?,
+            terminal,
+            view,
+        })
+    }
+
+    /// How many places for disks its sandbox needs: some stay empty for what comes later.
+    #[must_use]
+    pub fn places(&self) -> usize {
+        let least = if self.disks.iter().any(|disk| disk.part == Part::Root) { ROOT_PLACES } else { 0 };
+        least.max(self.disks.len() + SPARE_PLACES)
     }
 
     /// The same with one more file of the host, which the container sees at `destination` and cannot change; as it is
@@ -341,48 +343,6 @@ fn is_bind(mount: &Mount) -> bool {
     mount.typ().as_deref() == Some("bind") || has("bind") || has("rbind")
 }
 
-/// What of a mount the guest can have as a disk: a file system on a block device or in an image, or a block device itself.
-fn disk(mount: &mut Mount, index: usize, bundle: &Path) -> Result<Option<Disk>, PlanError> {
-    let options = mount.options().clone().unwrap_or_default();
-    let has = |option: &str| options.iter().any(|other| other == option);
-    let kind = mount.typ().clone().unwrap_or_default();
-    let is_node = kind == "bind" || has("bind") || has("rbind");
-    let Some(source) = mount.source().as_ref().filter(|_| is_node || FILE_SYSTEMS.contains(&kind.as_str())) else {
-        return Ok(None);
-    };
-    let path = bundle.join(source);
-    let found = match host::open_shared(&path) {
-        Ok((_, found)) => found,
-        // That there is nothing to be bound is told elsewhere.
-        Err(_) if is_node => return Ok(None),
-        Err(error) => {
-            let (destination, reason) = (mount.destination().clone(), system_message(&error));
-            return Err(PlanError::Source { source_path: path, destination, reason });
-        }
-    };
-    let read_only = has("ro") || has("rro") || kind == "erofs";
-    match (is_node, found) {
-        (_, FileKind::BlockDevice) | (false, FileKind::Regular) => {}
-        (true, _) => return Ok(None),
-        (false, other) => return Err(PlanError::Special { index, source_path: path, kind: other.name() }),
-    }
-    let file_system = (!is_node).then(|| {
-        let mut all = options.clone();
-        if read_only && !has("ro") {
-            // The disk is so, and the kernel does not mount it otherwise.
-            all.push("ro".into());
-        }
-        let file_system = (kind.clone(), all);
-        // The agent mounts it; the container has it from there.
-        let of_the_mount = options.iter().filter(|option| MOUNT_OPTIONS.contains(&option.as_str())).cloned();
-        let of_the_mount = of_the_mount.chain(["bind".to_owned()]).collect();
-        mount.set_typ(Some("bind".into()));
-        mount.set_options(Some(of_the_mount));
-        file_system
-    });
-    Ok(Some(Disk { mount: index, path, read_only, file_system }))
-}
-
 /// Turns the source of a bind mount into a path of the guest; the export that this takes.
 fn share(id: &Id, mount: &mut Mount, index: usize, bundle: &Path) -> Result<Option<Export>, PlanError> {
     if !is_bind(mount) {
@@ -465,6 +425,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+    use crate::config::FileSystem;
 
     fn bundle(mounts: Value) -> (tempfile::TempDir, Bundle) {
         let dir = tempfile::tempdir().unwrap();
@@ -578,11 +539,11 @@ mod tests {
             { "destination": "/b", "type": "erofs", "source": "file" },
             { "destination": "/file", "source": "file", "options": ["bind"] },
         ]));
-        let of = |disk: &Disk| (disk.mount, disk.read_only, disk.file_system.clone().unwrap_or_default());
+        let of = |disk: &Disk| (disk.part, disk.read_only, disk.file_system.clone().unwrap_or_default());
         let ext4 = ("ext4".to_owned(), vec!["loop".to_owned(), "noatime".to_owned()]);
         assert_eq!(
             plan.disks.iter().map(of).collect::<Vec<_>>(),
-            [(0, false, ext4), (1, true, ("erofs".into(), vec!["ro".to_owned()]))]
+            [(Part::Mount(0), false, ext4), (Part::Mount(1), true, ("erofs".into(), vec!["ro".to_owned()]))]
         );
         assert_eq!(plan.exports.len(), 2, "the root and the last one");
         assert_eq!(spec["mounts"][0]["type"], "bind");
@@ -591,6 +552,18 @@ mod tests {
         assert!(error(none).contains("\"B/data\" is a directory"));
         let none = json!([{ "destination": "/a", "type": "ext4", "source": "gone" }]);
         assert!(error(none).contains("stat B/gone: no such file"));
+    }
+
+    #[test]
+    fn a_root_on_a_disk_is_not_shared() {
+        let (_dir, mut bundle) = bundle(json!([{ "destination": "/file", "source": "file", "options": ["bind"] }]));
+        bundle.disk =
+            Some(FileSystem { kind: "ext4".into(), source: "/images/1".into(), options: vec!["loop".into()] });
+        let plan = Plan::new(&"c1".parse().unwrap(), &bundle, SizeOptions::default(), &HashMap::new()).unwrap();
+        assert_eq!(plan.exports.iter().map(|export| export.name.as_str()).collect::<Vec<_>>(), ["c1.mount-0"]);
+        assert_eq!(plan.disks, [Disk::of_root(bundle.disk.as_ref().unwrap())]);
+        assert!(plan.view.is_elsewhere);
+        assert_eq!((plan.places(), Plan { disks: Vec::new(), ..plan }.places()), (20, 4));
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::time::Duration;
 use katavm_devices::balloon::Balloon;
 use katavm_devices::block::{Block, BlockConfig, BlockError};
 use katavm_devices::fs::{Fs, FsShare};
+use katavm_devices::mem::Mem;
 use katavm_devices::net::Net;
 use katavm_devices::rng::Rng;
 use katavm_devices::vsock::{Vsock, VsockHost, VsockListener};
@@ -85,10 +86,28 @@ pub trait Machine: Send + Sync {
     }
     /// Takes the disk at `place` away.
     fn detach_disk(&self, _place: usize) {}
+    /// What it had at its start.
+    fn least(&self) -> Size;
+    /// What it can have.
+    fn most(&self) -> Size {
+        self.least()
+    }
+    /// Has the guest have `mib` MiB of memory; how much it has then, or when nothing has changed for `patience`.
+    ///
+    /// # Errors
+    /// When it cannot have as much.
+    fn resize_memory(&self, _mib: u32, _patience: Duration) -> Result<u32, MicrovmError> {
+        Ok(self.least().memory_mib)
+    }
+    /// Makes vCPUs that are missing for `count`.
+    ///
+    /// # Errors
+    /// When it cannot have as many.
+    fn add_vcpus(&self, _count: u8) -> Result<(), MicrovmError> {
+        Ok(())
+    }
 }
 
-/// Empty places for disks, beside those that the first container has a disk for.
-const SPARE_PLACES: usize = 4;
 /// Queues of a disk at most: more bring nothing where one thread serves them.
 const DISK_QUEUES: u16 = 4;
 
@@ -119,6 +138,22 @@ impl Machine for Microvm {
         if let Err(error) = Microvm::detach_disk(self, place) {
             log::warn!("{error}");
         }
+    }
+
+    fn least(&self) -> Size {
+        Size { memory_mib: *self.memory_range().start(), vcpus: *self.vcpu_range().start() }
+    }
+
+    fn most(&self) -> Size {
+        Size { memory_mib: *self.memory_range().end(), vcpus: *self.vcpu_range().end() }
+    }
+
+    fn resize_memory(&self, mib: u32, patience: Duration) -> Result<u32, MicrovmError> {
+        Microvm::resize_memory(self, mib, patience)
+    }
+
+    fn add_vcpus(&self, count: u8) -> Result<(), MicrovmError> {
+        Microvm::add_vcpus(self, count)
     }
 }
 
@@ -153,14 +188,18 @@ pub struct Started {
 pub struct Boot {
     /// Kernel and initramfs.
     pub image: GuestImage,
-    /// RAM and vCPUs.
+    /// RAM and vCPUs at the start.
     pub size: Size,
+    /// What there can be.
+    pub most: Size,
+    /// RAM is of huge pages.
+    pub huge_pages: bool,
     /// Files.
     pub share: FsShare,
     /// Network interfaces, with or without their taps: see `Microvm::attach_net`.
     pub nets: Vec<Net>,
-    /// How many disks the first container has; there are places for some more.
-    pub disks: usize,
+    /// How many places there are for disks.
+    pub places: usize,
     /// Where to copy the guest's console to, all of its messages then.
     pub console: Option<OwnedFd>,
 }
@@ -176,7 +215,9 @@ pub fn boot(boot: Boot) -> Result<Started, VmError> {
     let config = MicrovmConfig {
         kvm: PathBuf::from(KVM),
         memory_mib: boot.size.memory_mib,
+        huge_pages: boot.huge_pages,
         vcpus: boot.size.vcpus,
+        max_vcpus: boot.most.vcpus,
         kernel: boot.image.kernel,
         initramfs: Some(boot.image.initramfs),
         cmdline: if boot.console.is_some() { "loglevel=7 katavm.log=debug".into() } else { String::new() },
@@ -184,10 +225,19 @@ pub fn boot(boot: Boot) -> Result<Started, VmError> {
     let builder = Microvm::builder(config)
         .vsock(vsock)
         .fs(Fs::new(SHARED_TAG, boot.share).map_err(device("shared file system"))?)
-        .rng(Rng::new().map_err(device("entropy source"))?)
-        .balloon(Balloon::new().map_err(device("memory balloon"))?);
+        .rng(Rng::new().map_err(device("entropy source"))?);
+    let builder = match boot.huge_pages {
+        // A huge page that was given back is anybody's, and the guest would not survive that it is not there any more.
+        true => builder,
+        false => builder.balloon(Balloon::new().map_err(device("memory balloon"))?),
+    };
+    let growth = boot.most.memory_mib.saturating_sub(boot.size.memory_mib);
+    let builder = match growth {
+        0 => builder,
+        growth => builder.mem(Mem::new(growth.into()).map_err(device("memory that is plugged in"))?),
+    };
     let mut builder = boot.nets.into_iter().fold(builder, MicrovmBuilder::net);
-    for _ in 0..boot.disks + SPARE_PLACES {
+    for _ in 0..boot.places {
         builder = builder.block(Block::slot(DISK_QUEUES.min(boot.size.vcpus.into()))?);
     }
     let vm = builder.build()?;

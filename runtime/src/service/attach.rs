@@ -17,6 +17,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::task::JoinHandle;
 
 use super::watch;
+use crate::descriptor::awaited;
 use crate::link::{Greeting, Hello, Link, ToStandIn};
 use crate::pod::{Io, Pod};
 use crate::process::stdio::Inherited;
@@ -84,9 +85,7 @@ pub fn listen(path: &Path, pod: &Arc<Pod>) -> io::Result<Attaching> {
     bind(&listener, &SocketAddrUnix::new(path)?)?;
     listen_on(&listener, 64)?;
     rustix::io::ioctl_fionbio(&listener, true)?;
-    // SAFETY: an OwnedFd is the same open descriptor until it is dropped, and `AsyncFd` owns it from here on.
-    let listener = unsafe { AsyncFd::register_with_interest(listener, Interest::READABLE) };
-    let listener = listener.map_err(io::Error::from)?;
+    let listener = awaited(listener, Interest::READABLE)?;
     let pending = Pending::default();
     let task = tokio::spawn(accept(listener, pending.clone(), Arc::clone(pod)));
     Ok(Attaching { pending, task })

@@ -37,6 +37,7 @@ pub fn member(
         link,
         journal: Journal::new(state, record),
         cgroup: None,
+        limits: Some(plan.limits),
         is_first: false,
     })
 }

@@ -11,6 +11,7 @@ pub(super) const KERNEL: &str = "guest.kernel";
 pub(super) const INITRD: &str = "guest.initrd";
 pub(super) const MEMORY: &str = "guest.memory";
 pub(super) const CPUS: &str = "guest.cpus";
+pub(super) const HUGE_PAGES: &str = "guest.huge_pages";
 pub(super) const ALLOWED: &str = "annotations.allowed";
 pub(super) const DEBUG: &str = "log.debug";
 
@@ -29,7 +30,7 @@ pub struct Key {
 }
 
 /// All keys, by their tables.
-pub static KEYS: [Key; 6] = [
+pub static KEYS: [Key; 7] = [
     Key {
         name: KERNEL,
         about: "The guest's kernel: an ELF vmlinux or a bzImage; the installed guest image's if not set",
@@ -62,6 +63,13 @@ pub static KEYS: [Key; 6] = [
         },
     },
     Key {
+        name: HUGE_PAGES,
+        about: "Memory of guests is of huge pages of 2 MiB, which the host must have set aside (vm.nr_hugepages); none comes back before the guest's end",
+        by_annotation: true,
+        default: || Some(Value::Boolean(false)),
+        check: flag,
+    },
+    Key {
         name: ALLOWED,
         about: "Annotations by which containers may ask for what their pod's guest is like, as \"io.katavm.guest.memory\"",
         by_annotation: false,
@@ -73,7 +81,7 @@ pub static KEYS: [Key; 6] = [
         about: "Tell more in the log",
         by_annotation: false,
         default: || Some(Value::Boolean(false)),
-        check: |value| value.as_bool().map(drop).ok_or_else(|| "true or false is wanted".into()),
+        check: flag,
     },
 ];
 
@@ -91,6 +99,10 @@ fn similar(name: &str) -> Option<&'static str> {
 
 fn text(value: &Value) -> Result<&str, String> {
     value.as_str().ok_or_else(|| "a text in quotes is wanted".into())
+}
+
+fn flag(value: &Value) -> Result<(), String> {
+    value.as_bool().map(drop).ok_or_else(|| "true or false is wanted".into())
 }
 
 fn path(value: &Value) -> Result<(), String> {

@@ -161,10 +161,20 @@ impl Settings {
         self.asked(keys::CPUS, |value| u32::try_from(value.as_integer()?).ok())
     }
 
+    /// Whether memory of a guest is of huge pages.
+    #[must_use]
+    pub fn huge_pages(&self) -> bool {
+        self.flag(keys::HUGE_PAGES)
+    }
+
     /// Whether the log tells more.
     #[must_use]
     pub fn debug(&self) -> bool {
-        self.value(keys::DEBUG).and_then(Value::as_bool).unwrap_or_default()
+        self.flag(keys::DEBUG)
+    }
+
+    fn flag(&self, key: &str) -> bool {
+        self.value(key).and_then(Value::as_bool).unwrap_or_default()
     }
 
     fn asked<T>(&self, key: &str, read: impl Fn(&Value) -> Option<T>) -> Asked<T> {

@@ -17,7 +17,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::events::Events;
 use super::io::{self, Named};
 use super::logger::Logger;
-use super::rootfs;
+use super::rootfs::Rootfs;
 use super::sandbox::SharedFiles;
 use super::server::{First, Order};
 use crate::config::Bundle;
@@ -77,8 +77,8 @@ enum Known {
     /// It was made.
     Made {
         record: Box<Record>,
-        /// How many file systems are mounted at its root.
-        mounts: usize,
+        /// Where its root file system is.
+        rootfs: Rootfs,
         /// By exec id, which is empty for the first.
         processes: HashMap<String, Told>,
         /// Held while it is removed.
@@ -215,19 +215,47 @@ impl Containers {
             }
             state.known.insert(id.clone(), Known::Coming);
         }
-        let created = self.create_mounted(&request).await;
+        let created = self.create_rooted(&request).await;
         if created.is_err() {
             self.state().known.remove(&id);
         }
         created
     }
 
-    async fn create_mounted(self: &Arc<Self>, request: &CreateTaskRequest) -> Result<u32, PodError> {
+    /// Makes one with its streams and its root file system.
+    async fn create_rooted(self: &Arc<Self>, request: &CreateTaskRequest) -> Result<u32, PodError> {
+        let told = Told::new(&request.stdin, &request.stdout, &request.stderr, request.terminal);
+        let io = self.open(&told, &request.id).await?;
         let (bundle, mounts) = (PathBuf::from(&request.bundle), request.rootfs.clone());
-        self.beside_requests(move || rootfs::mount(&bundle, &mounts)).await?;
-        let created = self.create_on(request).await;
+        let rootfs = self.beside_requests(move || Rootfs::make(&bundle, &mounts)).await?;
+        // Kept open: whoever reads a stream must not find its end between two attempts.
+        let duplicate = rootfs.disk().map(|_| io.duplicate()).transpose();
+        let second = duplicate.map_err(|error| PodError::State(format!("the streams: {error}")))?;
+        match (self.create_on(request, rootfs, &told, io).await, second) {
+            (Err(error), Some(io)) if error.wants_place() => {
+                let id = &request.id;
+                log::warn!(
+                    "the root file system of {id} is mounted here and shared: the guest has no place for a disk"
+                );
+                let (bundle, mounts) = (PathBuf::from(&request.bundle), request.rootfs.clone());
+                let rootfs = self.beside_requests(move || Rootfs::mount(&bundle, &mounts)).await?;
+                self.create_on(request, rootfs, &told, io).await
+            }
+            (created, _) => created,
+        }
+    }
+
+    /// Makes one on its root file system, which is unmounted if that fails.
+    async fn create_on(
+        self: &Arc<Self>,
+        request: &CreateTaskRequest,
+        rootfs: Rootfs,
+        told: &Told,
+        io: Io,
+    ) -> Result<u32, PodError> {
+        let created = self.create_followed(request, &rootfs, told, io).await;
         if created.is_err() {
-            rootfs::unmount(Path::new(&request.bundle), request.rootfs.len());
+            rootfs.unmount(Path::new(&request.bundle));
         }
         created
     }
@@ -257,10 +285,14 @@ impl Containers {
         Ok(io)
     }
 
-    async fn create_on(self: &Arc<Self>, request: &CreateTaskRequest) -> Result<u32, PodError> {
-        let told = Told::new(&request.stdin, &request.stdout, &request.stderr, request.terminal);
-        let io = self.open(&told, &request.id).await?;
-        let pod = self.create_in_pod(request, io).await?;
+    async fn create_followed(
+        self: &Arc<Self>,
+        request: &CreateTaskRequest,
+        rootfs: &Rootfs,
+        told: &Told,
+        io: Io,
+    ) -> Result<u32, PodError> {
+        let pod = self.create_in_pod(request, rootfs, io).await?;
         let id = &request.id;
         let (container, process) = (pod.container(id)?, pod.process(id, "")?);
         // Nothing of it goes before containerd says so: after the death of a server it says so of each container, but for
@@ -277,28 +309,28 @@ impl Containers {
         let watched = watched
             .inspect_err(|error| log::warn!("out-of-memory kills in container {id} will not be told of: {error}"));
         self.tell_of_creation(request, pid);
-        self.follow(id, "", pid, process, &told, watched.ok());
+        self.follow(id, "", pid, process, told, watched.ok());
         let made = Known::Made {
             record: Box::new(record),
-            mounts: request.rootfs.len(),
-            processes: HashMap::from([(String::new(), told)]),
+            rootfs: rootfs.clone(),
+            processes: HashMap::from([(String::new(), told.clone())]),
             removing: Arc::default(),
         };
         self.state().known.insert(id.clone(), made);
         Ok(pid)
     }
 
-    async fn create_in_pod(&self, request: &CreateTaskRequest, io: Io) -> Result<Arc<Pod>, PodError> {
+    async fn create_in_pod(&self, request: &CreateTaskRequest, rootfs: &Rootfs, io: Io) -> Result<Arc<Pod>, PodError> {
         let making = self.making.lock().await;
         if let Some(served) = self.served() {
             drop(making);
-            self.create_member(&served, request, io).await?;
+            self.create_member(&served, request, rootfs, io).await?;
             return Ok(served.pod);
         }
         if self.state().sandbox.is_some() {
             return Err(PodError::State("the sandbox is not started".into()));
         }
-        let first = First::Container { request: Box::new(request.clone()), io };
+        let first = First::Container { request: Box::new(request.clone()), rootfs: rootfs.clone(), io };
         self.make(&request.id, first, self.end.subscribe()).await
     }
 
@@ -316,10 +348,19 @@ impl Containers {
     }
 
     /// Makes a further container, for which the sandbox process itself stands on the host.
-    async fn create_member(&self, served: &Served, request: &CreateTaskRequest, io: Io) -> Result<(), PodError> {
-        let (root, directory, request) = (self.root.clone(), served.directory.clone(), request.clone());
+    async fn create_member(
+        &self,
+        served: &Served,
+        request: &CreateTaskRequest,
+        rootfs: &Rootfs,
+        io: Io,
+    ) -> Result<(), PodError> {
+        let (root, directory) = (self.root.clone(), served.directory.clone());
+        let (request, rootfs) = (request.clone(), rootfs.clone());
         let files = self.state().sandbox.clone();
-        let plan = move || plan_member(&root, &directory, &request, files.as_ref(), io).map_err(std::io::Error::other);
+        let plan = move || {
+            plan_member(&root, &directory, &request, &rootfs, files.as_ref(), io).map_err(std::io::Error::other)
+        };
         let new = blocking(plan).await.map_err(|error| PodError::State(error.to_string()))?;
         served.pod.create(new).await.map(drop)
     }
@@ -483,9 +524,9 @@ impl Containers {
 
     /// What follows the removal of a container.
     async fn removed(&self, id: &str) {
-        let Some(Known::Made { record, mounts, .. }) = self.state().known.remove(id) else { return };
+        let Some(Known::Made { record, rootfs, .. }) = self.state().known.remove(id) else { return };
         let work = move || {
-            rootfs::unmount(&record.bundle, mounts);
+            rootfs.unmount(&record.bundle);
             hooks::run_all(record.hooks.as_ref(), Point::Poststop, &record.for_hooks(Status::Stopped));
             if record.pid != std::process::id() {
                 // The stand-in is a child of this process, and ends with its container.
@@ -538,11 +579,12 @@ fn plan_member(
     root: &StateRoot,
     directory: &ShortPath,
     request: &CreateTaskRequest,
+    rootfs: &Rootfs,
     files: Option<&SharedFiles>,
     io: Io,
 ) -> anyhow::Result<NewContainer> {
     let id = request.id.parse()?;
-    let mut bundle = Bundle::load(Path::new(&request.bundle))?;
+    let mut bundle = Bundle { disk: rootfs.disk().cloned(), ..Bundle::load(Path::new(&request.bundle))? };
     if let Some(files) = files {
         files.give(&mut bundle.spec);
     }

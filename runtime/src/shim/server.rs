@@ -18,9 +18,11 @@ use super::containers::Containers;
 use super::events::Events;
 use super::logging;
 use super::options::config_path;
+use super::rootfs::Rootfs;
 use super::sandbox::{SandboxConfig, SandboxService};
 use super::service::ShimService;
 use super::start::{LISTENER, TTRPC_ADDRESS};
+use crate::config::Bundle;
 use crate::hooks;
 use crate::host;
 use crate::launch::{self, Launch};
@@ -61,6 +63,8 @@ pub enum First {
     Container {
         /// As containerd said.
         request: Box<CreateTaskRequest>,
+        /// Where its root file system is.
+        rootfs: Rootfs,
         /// Its streams.
         io: Io,
     },
@@ -176,7 +180,7 @@ async fn run(
             First::Container { .. } => None,
         };
         let planned = match wanted {
-            First::Container { request, io } => first(arguments, root, &request, io, signals),
+            First::Container { request, rootfs, io } => first(arguments, root, &request, &rootfs, io, signals),
             First::Sandbox { id, bundle, config, .. } => empty(arguments, root, &id, &bundle, &config, signals),
         };
         match planned {
@@ -239,12 +243,13 @@ fn first(
     arguments: &Arguments,
     root: &StateRoot,
     request: &CreateTaskRequest,
+    rootfs: &Rootfs,
     io: Io,
     signals: Signals,
 ) -> anyhow::Result<(Launch, Outside)> {
-    let bundle = Path::new(&request.bundle);
     let configuration = config_path(request.options.as_ref()).or_else(|| arguments.config.clone());
     let options = options(configuration.as_deref(), None)?;
+    let bundle = Bundle { disk: rootfs.disk().cloned(), ..Bundle::load(Path::new(&request.bundle))? };
     let launch = Launch::plan(root, request.id.parse()?, bundle, options)?;
     if let Some(pod) = &launch.pod {
         bail!("container {} cannot join the sandbox of {}: containerd made them apart", launch.id, pod.peer.record.id);

@@ -1,7 +1,8 @@
 //! The container's root file system and volumes as the stand-in has them: what an engine sees that joins its mount
 //! namespace (`podman cp`), or looks through `/proc/<pid>/root`.
 //!
-//! File systems that only the guest has (tmpfs, the guest's /proc and /sys) are not there.
+//! File systems that only the guest has (tmpfs, the guest's /proc and /sys, those on its disks) are not there. Where the root
+//! is one of these, an empty folder is in its place: nobody takes what is written there for the container's.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -27,6 +28,8 @@ pub struct Volume {
 pub struct View {
     /// The root file system on the host.
     pub rootfs: PathBuf,
+    /// The guest has the root file system on a disk, and the host has an empty folder.
+    pub is_elsewhere: bool,
     /// In the order of their mounting.
     pub volumes: Vec<Volume>,
 }
@@ -47,6 +50,9 @@ impl View {
     /// Which step failed.
     pub fn take_up(self, id_maps: &[OwnedFd]) -> io::Result<()> {
         let root = self.step("clone", host::clone_tree(&self.rootfs))?;
+        if self.is_elsewhere {
+            self.step("protect", host::make_read_only(&root))?;
+        }
         let mut volumes = Vec::with_capacity(self.volumes.len());
         let mut id_maps = id_maps.iter();
         for volume in &self.volumes {

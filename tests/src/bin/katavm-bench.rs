@@ -23,6 +23,12 @@ enum Cli {
         #[arg(long, default_value_t = 10)]
         runs: u32,
     },
+    /// Requests of a disk, beside the monitors that this machine has.
+    Io {
+        /// Boots of each monitor.
+        #[arg(long, default_value_t = 5)]
+        runs: u32,
+    },
     /// A pod's life through containerd's CRI plugin, beside runc.
     Pod {
         /// Pods of each runtime.
@@ -32,9 +38,13 @@ enum Cli {
 }
 
 fn main() -> Result<()> {
+    if let Some(done) = bench::io::enter() {
+        return done;
+    }
     match Cli::parse() {
         Cli::Boot { runs, traced } => bench::boot::run(runs, traced, &mut std::io::stdout()),
         Cli::Oci { runs } => bench::oci::run(runs, &mut std::io::stdout()),
+        Cli::Io { runs } => bench::io::run(runs, &mut std::io::stdout()),
         Cli::Pod { runs } => bench::pod::run(runs, &mut std::io::stdout()),
     }
 }

@@ -1,11 +1,17 @@
 //! `katavm-e2e`: the end-to-end suite. Runs where `/dev/kvm` works: in the lab, or on real hardware.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use clap::Parser;
 use katavm_tests::e2e::{self, Boot};
 use katavm_tests::files;
+
+/// How many seconds a case may take, emulated and with others beside it.
+const LIMIT: u64 = 900;
+/// The same if long ones are wanted: some of them work for an hour.
+const LONG_LIMIT: u64 = 7200;
 
 /// Run end-to-end cases.
 #[derive(Parser)]
@@ -20,6 +26,12 @@ struct Cli {
     /// Print the names of the cases and run none
     #[arg(long)]
     list: bool,
+    /// Only the cases that come after this one
+    #[arg(long, value_name = "CASE")]
+    after: Option<String>,
+    /// How long a case may take before it is told what it waits for, and this program ends [default: 900; with --long 7200]
+    #[arg(long, value_name = "SECONDS")]
+    limit: Option<u64>,
     /// Only cases with one of these words in their name
     filters: Vec<String>,
 }
@@ -28,13 +40,18 @@ fn main() -> Result<ExitCode> {
     if let Some(code) = files::enter().or_else(e2e::enter) {
         return Ok(code);
     }
-    let Cli { boot, long, list, filters } = Cli::parse();
+    let Cli { boot, long, list, after, limit, filters } = Cli::parse();
     let boots = boot.map_or_else(|| vec![Boot::Plain, Boot::Engines, Boot::Containerd], |boot| vec![boot]);
-    let cases: Vec<_> = boots.into_iter().flat_map(|boot| e2e::cases(boot, long)).collect();
+    let mut cases: Vec<_> = boots.into_iter().flat_map(|boot| e2e::cases(boot, long)).collect();
+    if let Some(after) = after {
+        let last = cases.iter().position(|case| case.full_name() == after);
+        cases.drain(..=last.with_context(|| format!("there is no case {after}"))?);
+    }
     if list {
         cases.iter().filter(|case| case.is_wanted(&filters)).for_each(|case| println!("{}", case.full_name()));
         return Ok(ExitCode::SUCCESS);
     }
-    let all_passed = e2e::run(&cases, &filters, &mut std::io::stdout())?;
+    let limit = limit.unwrap_or(if long { LONG_LIMIT } else { LIMIT });
+    let all_passed = e2e::run(&cases, &filters, Duration::from_secs(limit), &mut std::io::stdout())?;
     Ok(if all_passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -13,6 +13,20 @@ use tempfile::TempDir;
 use super::cri::{Flavour, Node};
 use super::run::Shell;
 
+/// Whether this is a lab, which may be changed at will, and no machine of anybody's: nothing else happens in it, so
+/// everything that is new is ours.
+#[must_use]
+pub fn is_lab() -> bool {
+    env::var_os("KATAVM_LAB").is_some()
+}
+
+/// Where it is kept what explains the failure of the case `name`.
+#[must_use]
+pub fn kept(name: &str) -> PathBuf {
+    let out = env::var_os("KATAVM_OUT").map_or_else(|| PathBuf::from("out"), PathBuf::from);
+    out.join("e2e").join(name.replace("::", "-"))
+}
+
 /// What the cases of one group share; it goes with the last of them.
 #[derive(Default)]
 pub struct Group {
@@ -47,7 +61,7 @@ impl Context {
     /// When no scratch folder can be made.
     pub fn in_group(name: &str, group: Rc<Group>) -> Result<Self> {
         let scratch = TempDir::with_prefix("katavm-e2e-").context("cannot make a scratch folder")?;
-        Ok(Self { name: name.replace("::", "-"), group, scratch, notes: RefCell::default() })
+        Ok(Self { name: name.into(), group, scratch, notes: RefCell::default() })
     }
 
     /// What it shares with the other cases of its group.
@@ -90,8 +104,7 @@ impl Context {
     /// # Errors
     /// When it cannot be written.
     pub fn keep(&self, error: &str) -> Result<PathBuf> {
-        let out = env::var_os("KATAVM_OUT").map_or_else(|| PathBuf::from("out"), PathBuf::from);
-        let folder = out.join("e2e").join(&self.name);
+        let folder = kept(&self.name);
         fs::create_dir_all(&folder)?;
         fs::write(folder.join("error"), error)?;
         for (name, bytes) in self.notes.borrow().iter() {

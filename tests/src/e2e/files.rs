@@ -8,13 +8,23 @@ use std::process::Command;
 use anyhow::{Context as _, Result, ensure};
 use katavm_protocol::agent::{CheckRequest, Exit};
 
-use super::agent::rootfs;
+use super::agent::{rootfs, whole_rootfs};
 use super::guest::Guest;
+use super::leftovers::Traces;
+use super::run::bundle;
+use super::shell::{expect, script};
 use super::{Context, Row, Table, Verdict};
 use crate::files::{FSX, TABLE, compare, digest};
 
 /// The table.
-pub const CASES: Table = ("files", &[("behave_as_on_the_host", behave), ("are_what_was_written", written)]);
+pub const CASES: Table = (
+    "files",
+    &[
+        ("behave_as_on_the_host", behave),
+        ("are_what_was_written", written),
+        ("one_that_the_host_holds_back_is_in_nobodys_way", held_back),
+    ],
+);
 
 /// All cases of the table, and an hour of random operations.
 pub const LONG: (&str, &[Row]) =
@@ -126,5 +136,35 @@ fn at_random(context: &Context, seconds: u64) -> Result<Verdict> {
     }
     guest.ask(guest.agent.check(Guest::soon(), &CheckRequest::default()))?;
     guest.end()?;
+    Ok(Verdict::Passed)
+}
+
+/// Holds leases on files (fcntl(2), F_SETLEASE) until its standard input ends: who opens one of them waits.
+const LEASES: &str = "import fcntl, os, signal, sys
+signal.signal(signal.SIGIO, signal.SIG_IGN)
+for path in sys.argv[1:]:
+    fcntl.fcntl(os.open(path, os.O_RDWR), fcntl.F_SETLEASE, fcntl.F_WRLCK)
+print('held', flush=True)
+sys.stdin.read()";
+
+fn held_back(context: &Context) -> Result<Verdict> {
+    whole_rootfs(context)?;
+    bundle(context, &["sleep", "100000"], |_| ())?;
+    let traces = Traces::of(context.scratch());
+    fs::write(context.scratch().join("leases.py"), LEASES)?;
+    let output = script(
+        context,
+        "katavm run -d c1 </dev/null >out 2>&1
+         for n in 1 2 3; do echo held back $n >rootfs/held$n; echo free $n >rootfs/free$n; done
+         coproc python3 leases.py rootfs/held1 rootfs/held2 rootfs/held3; read -ru ${COPROC[0]} word; echo $word
+         for n in 1 2 3; do katavm exec c1 cat /held$n </dev/null >late$n & late[$n]=$!; done; sleep 2
+         for n in 1 2 3; do katavm exec c1 cat /free$n </dev/null; done; cat late?; echo nothing yet
+         exec {COPROC[1]}>&-; wait ${late[*]}; cat late?
+         katavm delete --force c1; rm rootfs/held? rootfs/free?",
+    )?;
+    let free = ["held", "free 1", "free 2", "free 3", "nothing yet"];
+    let late = ["held back 1", "held back 2", "held back 3"];
+    expect(&output, &[&free[..], &late[..]].concat())?;
+    traces.expect_nothing_new()?;
     Ok(Verdict::Passed)
 }

@@ -158,7 +158,25 @@ impl Guest {
     /// # Errors
     /// When any step fails.
     pub fn start_with_input(&self, id: &str, rootfs: &Path, args: &[&str]) -> Result<(Running, UnixStream)> {
-        self.create(id, rootfs, args, Stdio { stdin: true, stdout: true, ..Default::default() }, |_| ())?;
+        self.start_piped(id, rootfs, args, |_| ())
+    }
+
+    /// The same with every capability.
+    ///
+    /// # Errors
+    /// When any step fails.
+    pub fn start_privileged_with_input(&self, id: &str, rootfs: &Path, args: &[&str]) -> Result<(Running, UnixStream)> {
+        self.start_piped(id, rootfs, args, privilege)
+    }
+
+    fn start_piped(
+        &self,
+        id: &str,
+        rootfs: &Path,
+        args: &[&str],
+        change: impl FnOnce(&mut Value),
+    ) -> Result<(Running, UnixStream)> {
+        self.create(id, rootfs, args, Stdio { stdin: true, stdout: true, ..Default::default() }, change)?;
         let stdin = self.stream(id, StreamKind::STREAM_KIND_STDIN)?;
         Ok((self.go(id)?, stdin))
     }

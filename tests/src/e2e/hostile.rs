@@ -1,19 +1,18 @@
 //! A container that is root with every capability looks for somebody who answers on vsock, and finds nobody.
 
 use std::collections::BTreeMap;
-use std::env;
 use std::fs;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use katavm_protocol::ports::{HOST_CID, RPC, STREAM};
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::agent::rootfs;
 use super::guest::{CID, Guest, privilege};
 use super::process::Started;
+use super::run::debian;
 use super::{Context, Table, Verdict};
 
 /// The table.
@@ -79,36 +78,16 @@ impl Found {
     }
 }
 
-/// The root file system of Debian, or why there is none.
-fn debian() -> Result<PathBuf, Verdict> {
-    match env::var_os("KATAVM_E2E_DEBIAN") {
-        Some(bundle) => Ok(bundle.into()),
-        None => {
-            let why = "KATAVM_E2E_DEBIAN names no Debian bundle: ./just test-e2e makes one";
-            Err(Verdict::Skipped(why.into()))
-        }
-    }
-}
-
 /// By `katavm run`, as a user would: nothing answers, and the container's own streams and files are as good as ever.
 fn nowhere(context: &Context, ports: u32) -> Result<Verdict> {
-    let debian = match debian() {
-        Ok(bundle) => bundle,
-        Err(skipped) => return Ok(skipped),
-    };
+    let Some(debian) = debian::bundle() else { return Ok(debian::no_bundle()) };
     let bundle = context.scratch();
     fs::create_dir(bundle.join("data"))?;
     fs::write(bundle.join("data/hostile.py"), PROGRAM)?;
-    let config = fs::read_to_string(debian.join("config.json")).context("the Debian bundle has no config.json")?;
-    let mut config: Value = serde_json::from_str(&config)?;
-    privilege(&mut config);
-    config["root"]["path"] = json!(debian.join("rootfs"));
     // Whoever has a report has it written and read back through the shared file system as well.
     let script = format!("set -e; python3 /data/hostile.py 0 {ports} > /data/report; uname -r; cat /data/report");
-    config["process"]["args"] = json!(["sh", "-c", script]);
     let data = json!({"destination": "/data", "type": "bind", "source": "data", "options": ["rbind"]});
-    config["mounts"].as_array_mut().context("no mounts")?.push(data);
-    fs::write(bundle.join("config.json"), config.to_string())?;
+    debian::write_changed_config(&debian, bundle, &["sh", "-c", &script], &[data], privilege)?;
 
     let run = Started::katavm(&["run".as_ref(), bundle.as_os_str()])?.finish(LIMIT)?;
     context.note("stderr", run.stderr.clone());
@@ -125,10 +104,7 @@ fn nowhere(context: &Context, ports: u32) -> Result<Verdict> {
 /// The program would find an open port: one that the host opens is found, and no other. The guest works on after it.
 fn opened(context: &Context) -> Result<Verdict> {
     const OPEN: u32 = 4711;
-    let debian = match debian() {
-        Ok(bundle) => bundle,
-        Err(skipped) => return Ok(skipped),
-    };
+    let Some(debian) = debian::bundle() else { return Ok(debian::no_bundle()) };
     let guest = Guest::boot(context, |_| ())?;
     guest.sandbox()?;
     let listener = guest.sockets.listen(OPEN)?;

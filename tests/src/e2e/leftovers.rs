@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 
+use super::context::is_lab;
+
 /// How long what is being cleaned up may take, on a busy machine.
 const LIMIT: Duration = Duration::from_secs(60);
 /// The runtime's own files in a state root, which stay.
@@ -75,7 +77,7 @@ impl Traces {
         self.names("network interface", Path::new("/sys/class/net"), |_| true);
         self.names("virtual machine", Path::new("/sys/kernel/debug/kvm"), |name| name.contains('-'));
         self.names("shared memory", Path::new("/dev/shm"), |_| true);
-        if in_lab() {
+        if is_lab() {
             // Elsewhere others make files there all the time. This program's own scratch folders aside.
             self.names("temporary file", Path::new("/tmp"), |name| !name.starts_with("katavm-e2e-"));
         }
@@ -115,7 +117,7 @@ impl Traces {
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         for line in mounts.lines() {
             let point = line.split_ascii_whitespace().nth(4).unwrap_or_default();
-            if in_lab() || point.contains("katavm") || Path::new(point).starts_with(&self.bundle) {
+            if is_lab() || point.contains("katavm") || Path::new(point).starts_with(&self.bundle) {
                 self.add("mount", line);
             }
         }
@@ -127,7 +129,7 @@ impl Traces {
             let entries = fs::read_dir(&folder).map(|entries| entries.flatten().collect::<Vec<_>>());
             let below = entries.unwrap_or_default().into_iter();
             folders.extend(below.filter(|e| e.file_type().is_ok_and(|kind| kind.is_dir())).map(|e| e.path()));
-            if in_lab() || folder.to_string_lossy().contains("katavm") {
+            if is_lab() || folder.to_string_lossy().contains("katavm") {
                 self.add("cgroup", folder.display());
             }
         }
@@ -137,19 +139,14 @@ impl Traces {
     fn sockets(&mut self) {
         let sockets = fs::read_to_string("/proc/net/unix").unwrap_or_default();
         let names = sockets.lines().skip(1).filter_map(|line| line.split_ascii_whitespace().nth(7));
-        for name in names.filter(|name| in_lab() || name.contains("katavm")) {
+        for name in names.filter(|name| is_lab() || name.contains("katavm")) {
             self.add("socket", name);
         }
     }
 }
 
 /// Names in a folder; none where it is not, or not any more.
-fn listing(folder: &Path) -> Vec<String> {
+pub fn listing(folder: &Path) -> Vec<String> {
     let entries = fs::read_dir(folder).map(|entries| entries.flatten().collect::<Vec<_>>()).unwrap_or_default();
     entries.iter().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
-}
-
-/// In the lab nothing else happens, so everything that is new is ours.
-fn in_lab() -> bool {
-    std::env::var_os("KATAVM_LAB").is_some()
 }

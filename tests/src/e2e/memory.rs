@@ -3,11 +3,12 @@
 use anyhow::{Context as _, Result, ensure};
 
 use super::agent::whole_rootfs;
+use super::context::is_lab;
 use super::cri::until;
 use super::guest::Guest;
 use super::leftovers::Traces;
 use super::run::bundle;
-use super::shell::script;
+use super::shell::{expect, script};
 use super::{Context, Table, Verdict};
 
 /// The table.
@@ -17,6 +18,7 @@ pub const CASES: Table = (
         ("the_balloon_is_filled_and_lets_go_when_memory_is_short", balloon),
         ("what_is_freed_goes_back_to_the_host", freed),
         ("what_was_read_goes_back_when_the_container_is_at_rest", at_rest),
+        ("huge_pages_are_all_there_or_the_guest_is_refused", huge_pages),
     ],
 );
 
@@ -24,13 +26,15 @@ pub const CASES: Table = (
 pub const LONG: Table = (
     "memory-long",
     &[
-        ("a_gib_that_is_freed_goes_back_to_the_host", |context| goes_back(context, 1024, ALLOCATE)),
-        ("a_gib_that_was_read_goes_back_when_the_container_is_at_rest", |context| goes_back(context, 1024, READ)),
+        ("a_gib_that_is_freed_goes_back_to_the_host", |context| goes_back(context, 1024, ALLOCATE, 0)),
+        ("a_gib_that_was_read_goes_back_when_the_container_is_at_rest", |context| goes_back(context, 1024, READ, KEPT)),
     ],
 );
 
 /// Has so many MiB of memory at once, and frees them.
 const ALLOCATE: &str = "head -c $((SIZE + 1))m /dev/zero | tail -c ${SIZE}m >/dev/null";
+/// So many KiB of files a guest keeps in memory (docs/memory.md).
+const KEPT: u64 = 16 << 10;
 /// Reads a file of so many MiB.
 const READ: &str = "cat /data >/dev/null";
 
@@ -54,15 +58,16 @@ fn balloon(context: &Context) -> Result<Verdict> {
 }
 
 fn freed(context: &Context) -> Result<Verdict> {
-    goes_back(context, 192, ALLOCATE)
+    goes_back(context, 192, ALLOCATE, 0)
 }
 
 fn at_rest(context: &Context) -> Result<Verdict> {
-    goes_back(context, 192, READ)
+    goes_back(context, 192, READ, KEPT)
 }
 
-/// Has a container use `mib` MiB by `work`: nine tenths of what its sandbox has more for that go back to the host.
-fn goes_back(context: &Context, mib: u64, work: &str) -> Result<Verdict> {
+/// Has a container use `mib` MiB by `work`: of what its sandbox has more for that, all but a tenth and the `kept` KiB that
+/// its guest keeps go back to the host.
+fn goes_back(context: &Context, mib: u64, work: &str, kept: u64) -> Result<Verdict> {
     whole_rootfs(context)?;
     bundle(context, &["sleep", "100000"], |_| ())?;
     let traces = Traces::of(context.scratch());
@@ -79,7 +84,7 @@ fn goes_back(context: &Context, mib: u64, work: &str) -> Result<Verdict> {
              look() {{ now=$(used); if [ $now -gt $most ]; then most=$now; fi; }}
              while kill -0 $exec 2>/dev/null; do look; sleep 0.1; done; wait $exec
              look; SECONDS=0
-             until [ $now -le $((before + (most - before) / 10)) ] || [ $SECONDS -gt 180 ]; do sleep 0.5; look; done
+             until [ $now -le $((before + {kept} + (most - before) / 10)) ] || [ $SECONDS -gt 180 ]; do sleep 0.5; look; done
              echo $before $most $now $SECONDS
              katavm delete --force c1; rm rootfs/data"
         ),
@@ -89,7 +94,33 @@ fn goes_back(context: &Context, mib: u64, work: &str) -> Result<Verdict> {
     println!("  {before} KiB before, {most} at most, {after} {seconds} s later");
     let used = most.checked_sub(before).context("it used no memory")?;
     ensure!(used > mib * 1024 * 4 / 5, "it did not use the memory: {output}");
-    ensure!(after.saturating_sub(before) <= used / 10, "it was not given back: {output}");
+    ensure!(after.saturating_sub(before) <= used / 10 + kept, "it was not given back: {output}");
+    traces.expect_nothing_new()?;
+    Ok(Verdict::Passed)
+}
+
+fn huge_pages(context: &Context) -> Result<Verdict> {
+    if !is_lab() {
+        return Ok(Verdict::Skipped("it sets the host's memory aside, and this is no lab".into()));
+    }
+    whole_rootfs(context)?;
+    bundle(context, &["sleep", "100000"], |_| ())?;
+    let traces = Traces::of(context.scratch());
+    let output = script(
+        context,
+        "free() { awk '/^HugePages_Free/ { free = $2 } /^HugePages_Rsvd/ { print free - $2 }' /proc/meminfo; }
+         trap 'echo 0 >/proc/sys/vm/nr_hugepages' EXIT
+         echo 200 >/proc/sys/vm/nr_hugepages; free
+         printf '[guest]\nhuge_pages = true\n' >huge.toml
+         katavm --config huge.toml run -d --memory 257 c1 </dev/null >out 2>&1; free
+         katavm exec c1 sh -c 'head -c 101m /dev/zero | tail -c 100m | wc -c' </dev/null; free
+         katavm delete --force c1; free
+         katavm --config huge.toml run --memory 402 c1 </dev/null 2>err || echo code $?; cat err; free",
+    )?;
+    let refused = "cannot map 402 MiB of guest memory in huge pages: 400 MiB of pages of 2 MiB are free on this host";
+    let expected = ["200", "71", "104857600", "71", "200", "code 1", refused, "200"];
+    let lines: Vec<_> = output.lines().map(|line| line.find(refused).map_or(line, |_| refused)).collect();
+    expect(&lines.join("\n"), &expected)?;
     traces.expect_nothing_new()?;
     Ok(Verdict::Passed)
 }

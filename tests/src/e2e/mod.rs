@@ -5,8 +5,10 @@
 
 mod agent;
 mod beside;
+mod block_root;
 mod boot;
 mod bootstrap;
+mod clock;
 mod containerd;
 mod context;
 pub(crate) mod cri;
@@ -15,10 +17,12 @@ mod disk;
 mod docker;
 mod failing;
 mod files;
+mod grow;
 mod guest;
 mod hostile;
 mod idmap;
 mod leftovers;
+mod limit;
 mod limits;
 mod manifest;
 mod memory;
@@ -26,7 +30,9 @@ mod network;
 mod oci;
 mod plug;
 mod podman;
+mod posix;
 mod process;
+mod races;
 mod rebuild;
 mod report;
 mod rootless;
@@ -39,6 +45,7 @@ mod survive;
 mod systemd;
 mod traffic;
 mod user;
+mod vsock;
 
 use anyhow::Result;
 use clap::ValueEnum;
@@ -100,14 +107,23 @@ pub fn cases(boot: Boot, long: bool) -> Vec<Case> {
     let tables: &[&[Table]] = match boot {
         Boot::Plain if long => &[
             FIRST,
-            &[failing::LONG, files::LONG, hostile::LONG, survive::LONG, memory::LONG, plug::LONG],
+            &[
+                failing::LONG,
+                files::LONG,
+                hostile::LONG,
+                survive::LONG,
+                memory::LONG,
+                plug::LONG,
+                posix::LONG,
+                vsock::LONG,
+            ],
             &run::LONG_TABLES,
             &run::TABLES,
             LAST,
         ],
         Boot::Plain => &[FIRST, &run::TABLES, LAST],
         Boot::Engines => &[ENGINES],
-        Boot::Containerd if long => &[&[shim::LONG], &containerd::LONG, CONTAINERD],
+        Boot::Containerd if long => &[&[shim::LONG, block_root::LONG], &containerd::LONG, CONTAINERD],
         Boot::Containerd => &[CONTAINERD],
         Boot::Systemd => &[&[systemd::CASES]],
     };
@@ -118,6 +134,7 @@ const FIRST: &[Table] = &[
     boot::CASES,
     agent::CASES,
     files::CASES,
+    races::CASES,
     disk::CASES,
     plug::CASES,
     snapshot::CASES,
@@ -128,6 +145,8 @@ const LAST: &[Table] = &[
     oci::CASES,
     limits::CASES,
     memory::CASES,
+    grow::CASES,
+    clock::CASES,
     idmap::CASES,
     failing::CASES,
     hostile::CASES,
@@ -141,6 +160,8 @@ const CONTAINERD: &[Table] = &[
     containerd::BEFORE,
     containerd::OWN,
     containerd::AFTER,
+    block_root::CASES,
+    block_root::OWN,
     shim::CASES,
     cri::CASES,
     cri::SANDBOXER,

@@ -12,6 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 use katavm_devices::balloon::Balloon;
 use katavm_devices::block::{Block, BlockConfig};
 use katavm_devices::fs::{ExportOptions, Fs, FsShare};
+use katavm_devices::mem::Mem;
 use katavm_devices::net::Net;
 use katavm_devices::rng::Rng;
 use katavm_devices::vsock::{ConnectionId, Vsock, VsockHost};
@@ -25,6 +26,9 @@ use tokio::runtime::Runtime;
 
 use super::Context;
 use super::guest::{CID, Conversation, Guest, Running, exit_of};
+
+/// What a guest that is rebuilt can grow to, as far as a case wants it.
+pub const MAX_VCPUS: u8 = 3;
 
 /// A guest that has been taken to pieces.
 pub struct Saved {
@@ -84,7 +88,9 @@ fn build<P: AsRef<Path>, N: AsRef<str>>(
         share.add_export(name.as_ref(), File::open(root)?.into(), ExportOptions::default())?;
     }
     let memory_mib = MicrovmConfig::default().memory_mib;
-    let mut builder = Microvm::builder(MicrovmConfig { memory_mib, ..Default::default() });
+    let vcpus = u8::try_from(state.vcpus.len())?;
+    let config = MicrovmConfig { memory_mib, vcpus, max_vcpus: MAX_VCPUS, ..Default::default() };
+    let mut builder = Microvm::builder(config);
     let (mut streams, mut disks) = (Some(streams), disks.into_iter());
     for device in &state.devices {
         builder = match device {
@@ -100,6 +106,7 @@ fn build<P: AsRef<Path>, N: AsRef<str>>(
             DeviceState::Rng(saved) => builder.rng(Rng::restore(saved)?),
             DeviceState::Balloon(saved) => builder.balloon(Balloon::restore(saved)?),
             DeviceState::Net(saved) => builder.net(Net::restore(saved)?),
+            DeviceState::Mem(saved) => builder.mem(Mem::restore(saved)?),
             DeviceState::Block(saved) => {
                 let disk = if saved.attached { Some(disks.next().context("a disk is missing")?) } else { None };
                 builder.block(Block::restore(saved, disk)?)

@@ -3,18 +3,19 @@
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 
 use super::context::Group;
-use super::{Case, Context, Verdict};
+use super::{Case, Context, Verdict, limit};
 
-/// Runs the cases whose `group::name` contains one of `filters` (all, if there are none); true if none failed.
+/// Runs the cases whose `group::name` contains one of `filters` (all, if there are none); true if none failed. This program
+/// ends when one takes longer than `limit`.
 ///
 /// # Errors
 /// When the suite itself cannot be set up or print.
-pub fn run(cases: &[Case], filters: &[String], out: &mut impl Write) -> Result<bool> {
+pub fn run(cases: &[Case], filters: &[String], limit: Duration, out: &mut impl Write) -> Result<bool> {
     let (mut passed, mut failed, mut skipped) = (0, Vec::new(), 0);
     let mut group = ("", Rc::default());
     for case in cases {
@@ -26,6 +27,7 @@ pub fn run(cases: &[Case], filters: &[String], out: &mut impl Write) -> Result<b
             group = (case.group, Rc::new(Group::default()));
         }
         let context = Context::in_group(&name, Rc::clone(&group.1))?;
+        let _limit = limit::watch(&name, limit)?;
         let start = Instant::now();
         let verdict = catch_unwind(AssertUnwindSafe(|| (case.check)(&context)))
             .unwrap_or_else(|panic| Err(anyhow!("panicked: {}", panic_text(&panic))));

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result};
 
 use super::agent::rootfs;
+use super::context::is_lab;
 use super::leftovers::Traces;
 use super::shell::{expect, script};
 use super::user::{KvmAccess, give, installed};
@@ -23,7 +24,7 @@ const FIRST: u32 = 200_000;
 const TUN: &str = "/dev/net/tun";
 
 fn podman(context: &Context) -> Result<Verdict> {
-    if std::env::var_os("KATAVM_LAB").is_none() {
+    if !is_lab() {
         return Ok(Verdict::Skipped("it makes a user with ranges of further users, and this is no lab".into()));
     }
     let access = KvmAccess::grant()?.context("the lab's /dev/kvm is root's")?;

@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use rustix::process::{Signal, geteuid, kill_process};
 use serde_json::json;
 
+use super::context::is_lab;
 use super::leftovers::Traces;
 use super::process::Started;
 use super::run::bundle;
@@ -38,7 +39,7 @@ impl KvmAccess {
         if device.gid() != 0 && device.mode() & 0o060 == 0o060 {
             return Ok(Some(Self { before: None, group: device.gid() }));
         }
-        if std::env::var_os("KATAVM_LAB").is_none() {
+        if !is_lab() {
             return Ok(None);
         }
         let access = Self { before: Some((device.gid(), device.mode() & 0o7777)), group: 61_235 };
@@ -203,7 +204,7 @@ const NETWORK_SCRIPT: &str = "ip -o -4 addr show eth0 | tr -s ' ' | grep -o 'ine
     echo hello from the guest >/index.html; httpd -p 80 -h /; trap 'exit 0' TERM; echo up; while :; do sleep 1; done";
 
 fn own_network(context: &Context) -> Result<Verdict> {
-    if !geteuid().is_root() || std::env::var_os("KATAVM_LAB").is_none() {
+    if !geteuid().is_root() || !is_lab() {
         return Ok(Verdict::Skipped("it changes the host's network, so it is for root in the lab".into()));
     }
     let Some(access) = KvmAccess::grant()? else {

@@ -27,6 +27,10 @@ pub struct Window {
     pub gsi: u32,
 }
 
+/// Memory that is plugged in is made use of by the kernel, movable as long as there is a third as much that is not: it can be
+/// taken out again then.
+pub const GROWING: &str = " memhp_default_state=online memory_hotplug.online_policy=auto-movable";
+
 /// The command line: the base, one entry per device, and what the caller adds.
 pub fn cmdline(windows: &[Window], extra: &str) -> String {
     let mut line = String::from(BASE);

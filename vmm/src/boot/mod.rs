@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use katavm_devices::memory::GuestMemory;
 use vm_memory::GuestAddress;
 
-pub use cmdline::{Window, cmdline};
+pub use cmdline::{GROWING, Window, cmdline};
 
 use crate::config::MicrovmConfig;
 
@@ -68,7 +68,7 @@ pub fn load(memory: &GuestMemory, config: &MicrovmConfig, cmdline: &str) -> Resu
         None => None,
     };
     params::write(memory, &kernel, initramfs, cmdline, config.memory_mib)?;
-    mptable::write(memory, config.vcpus)?;
+    mptable::write(memory, config.possible_vcpus())?;
     Ok(kernel.entry)
 }
 

@@ -1,14 +1,10 @@
-//! Guest RAM in a file: regions one after another.
+//! Guest RAM in a file: regions one after another, each as far as it is there.
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
-use std::sync::Arc;
 
 use katavm_devices::memory::GuestMemory;
-use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
-use vm_memory::{FileOffset, GuestMemory as _, GuestMemoryRegion as _, GuestRegionMmap, WriteVolatile as _};
-
-use crate::memory;
+use vm_memory::{GuestMemory as _, GuestMemoryRegion as _, WriteVolatile as _};
 
 /// Writes all of `guest` to `file` from its start. Pages of zeros become holes.
 ///
@@ -30,36 +26,7 @@ pub fn write(guest: &GuestMemory, file: &mut File) -> io::Result<()> {
                 file.write_all_volatile(&chunk).map_err(io::Error::other)?;
             }
         }
-        at += region.len();
+        at += slice.len() as u64;
     }
     file.set_len(at)
-}
-
-/// Maps `mib` MiB privately from `file`: pages are read when the guest touches them, and clones share them until then.
-///
-/// # Errors
-/// When the file is too short or cannot be mapped.
-pub fn map(mib: u32, file: &File) -> io::Result<GuestMemory> {
-    let wanted = u64::from(mib) << 20;
-    // A mapping past the end of its file would end this process with SIGBUS.
-    if file.metadata()?.len() < wanted {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("the memory file is shorter than {mib} MiB")));
-    }
-    let file = Arc::new(file.try_clone()?);
-    let mut at = 0;
-    let mut regions = Vec::new();
-    for (start, len) in memory::ranges(mib) {
-        let region: MmapRegion<()> = MmapRegionBuilder::new(len)
-            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_NORESERVE)
-            .with_file_offset(FileOffset::from_arc(Arc::clone(&file), at))
-            .build()
-            .map_err(io::Error::other)?;
-        let region = GuestRegionMmap::new(region, start).ok_or_else(|| io::Error::other("a region overflows"))?;
-        regions.push(region);
-        at += len as u64;
-    }
-    let guest = GuestMemory::from_regions(regions).map_err(io::Error::other)?;
-    memory::keep_private(&guest).map_err(io::Error::other)?;
-    Ok(guest)
 }

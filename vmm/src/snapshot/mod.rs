@@ -12,13 +12,14 @@ use katavm_devices::balloon::BalloonState;
 use katavm_devices::block::BlockState;
 use katavm_devices::fs::FsState;
 use katavm_devices::legacy::{SerialError, SerialState};
+use katavm_devices::mem::MemState;
 use katavm_devices::net::NetState;
 use katavm_devices::rng::RngState;
 use katavm_devices::virtio::mmio::{MmioState, RestoreError};
 use katavm_devices::vsock::VsockState;
 use serde::{Deserialize, Serialize};
 
-pub use memory::{map, write};
+pub use memory::write;
 pub use vcpu::VcpuState;
 pub use vm::VmState;
 
@@ -73,12 +74,14 @@ pub enum DeviceState {
     Balloon(BalloonState),
     /// A network interface.
     Net(NetState),
+    /// Memory that is plugged in.
+    Mem(MemState),
 }
 
 /// Everything of a paused microVM but its RAM.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct MicrovmState {
-    /// Guest RAM in MiB.
+    /// Guest RAM in MiB, without what was plugged in.
     pub memory_mib: u32,
     /// All vCPUs by their index.
     pub vcpus: Vec<VcpuState>,

@@ -129,7 +129,7 @@ impl Server {
                 }
                 return 0;
             }
-            // Requests are served one after the other, so there is never one to interrupt.
+            // What is under way is in a system call of the host, which goes on to its end; the protocol allows that.
             opcode::INTERRUPT => return 0,
             _ => {}
         }

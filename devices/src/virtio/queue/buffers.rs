@@ -20,7 +20,7 @@ pub struct Buffers<'m> {
 
 impl<'m> Buffers<'m> {
     pub(super) fn new(memory: &'m GuestMemory, pieces: &[(GuestAddress, u32)]) -> Self {
-        // Ranges were checked when the chain was read, and regions never go away under a queue: nothing is dropped here.
+        // Ranges were checked when the chain was read. What is dropped here is memory that the driver has plugged out since.
         let slices = pieces.iter().flat_map(|(address, len)| memory.get_slices(*address, *len as usize));
         let pieces = slices.flatten().collect();
         Self { pieces, consumed: 0 }

@@ -80,10 +80,11 @@ impl QueueSet {
         }
     }
 
-    /// Whether the device is in `DEVICE_NEEDS_RESET`, for whatever queue of it.
-    #[must_use]
-    pub fn needs_reset(&self) -> bool {
-        self.active.as_ref().is_some_and(|active| active.interrupt.needs_reset())
+    /// Deactivates these queues where the device is in `DEVICE_NEEDS_RESET` because of a queue in another part of it.
+    pub fn fail_with_others(&mut self) {
+        if self.active.as_ref().is_some_and(|active| active.interrupt.needs_reset()) {
+            self.deactivate();
+        }
     }
 
     pub(crate) fn activate(&mut self, ready: ReadyQueues) {

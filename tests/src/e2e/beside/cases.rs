@@ -205,7 +205,7 @@ pub const CGROUPS: &[Case] = &[
     ),
     (
         "update",
-        "args 'sleep 1000'; config '.linux.resources.memory = {limit: 67108864}'; background; rt update --memory 100663296 --pids-limit 44 --cpu-quota 30000 --cpu-period 60000 x; \
+        "args 'sleep 1000'; config '.linux.resources.memory = {limit: 67108864}'; background; rt update --memory 96M --pids-limit 44 --cpu-quota 30000 --cpu-period 60000 x; \
          rt exec x sh -c 'cd /sys/fs/cgroup; cat memory.max pids.max cpu.max'; echo '{\"pids\": {\"limit\": 55}}' | rt update -r - x; rt exec x cat /sys/fs/cgroup/pids.max",
     ),
     (

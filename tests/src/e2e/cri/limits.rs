@@ -96,3 +96,36 @@ pub fn stats(context: &Context) -> Result<Verdict> {
         pod.remove()
     })
 }
+
+/// Limits that nobody has told of beforehand: of a container that joins later.
+pub fn grown(context: &Context) -> Result<Verdict> {
+    on_node(context, |node| {
+        let pod = Pod::run(node, "grown", |_| ())?;
+        let first = pod.idle("first")?;
+        let size = || {
+            let seen = pod.sh(
+                &first,
+                "awk '/MemTotal/ { print int($2 / 1024) }' /proc/meminfo; grep -c ^processor /proc/cpuinfo",
+            )?;
+            let numbers = seen.lines().map(str::parse).collect::<Result<Vec<u64>, _>>()?;
+            Ok::<_, anyhow::Error>((
+                numbers.first().copied().unwrap_or_default(),
+                numbers.last().copied().unwrap_or_default(),
+            ))
+        };
+        let (before, cpus) = size()?;
+        ensure!(cpus == 1, "{cpus} CPUs");
+        let limits =
+            json!({ "memory_limit_in_bytes": 2 * (DEFAULT_MIB << 20), "cpu_quota": 200_000, "cpu_period": 100_000 });
+        let work = "dd if=/dev/zero of=/dev/shm/file bs=1M count=$1 2>/dev/null; rm /dev/shm/file; sleep 100000";
+        let large =
+            pod.start("large", &["sh", "-c", work, "sh", "32"], |config| config["linux"]["resources"] = limits)?;
+        let (grown, cpus) = size()?;
+        ensure!(grown >= before + DEFAULT_MIB && cpus == 2, "{before} MiB became {grown}, {cpus} CPUs");
+        node.cri.stop_container(&large, 0)?;
+        // The first one has no limit: what it may use already stays.
+        let (after, cpus) = size()?;
+        ensure!(after == grown && cpus == 2, "{grown} MiB became {after}, {cpus} CPUs");
+        pod.remove()
+    })
+}

@@ -2,7 +2,7 @@
 //!
 //! With `KATAVM_E2E_CRI_RUNTIME=runc` the cases are tried with runc: what fails then is wrong with the case.
 
-mod image;
+pub mod image;
 mod killed;
 mod life;
 mod limits;
@@ -40,6 +40,7 @@ pub const CASES: Table = (
         ("a_pod_has_the_size_of_its_containers", limits::size),
         ("a_pod_without_limits_has_the_size_of_the_configuration", limits::default_size),
         ("limits_can_be_changed", limits::update),
+        ("a_pod_grows_with_containers_that_join", limits::grown),
         ("what_is_used_is_told", limits::stats),
         ("volumes_of_each_kind", volumes::kinds),
         ("a_shared_volume_is_one", volumes::shared),

@@ -103,11 +103,23 @@ pub fn no_bundle() -> Verdict {
 
 /// Makes a bundle in `folder` that runs `args` on the root file system of `bundle`, with more `mounts`.
 pub fn write_config(bundle: &Path, folder: &Path, args: &[&str], mounts: &[Value]) -> Result<()> {
+    write_changed_config(bundle, folder, args, mounts, |_| ())
+}
+
+/// The same after `change` of its configuration.
+pub fn write_changed_config(
+    bundle: &Path,
+    folder: &Path,
+    args: &[&str],
+    mounts: &[Value],
+    change: impl FnOnce(&mut Value),
+) -> Result<()> {
     let text = fs::read(bundle.join("config.json")).context("cannot read the Debian bundle's config.json")?;
     let mut config: Value = serde_json::from_slice(&text)?;
     config["root"]["path"] = json!(bundle.join("rootfs"));
     config["process"]["args"] = json!(args);
     config["mounts"].as_array_mut().context("the bundle has no mounts")?.extend_from_slice(mounts);
+    change(&mut config);
     Ok(fs::write(folder.join("config.json"), config.to_string())?)
 }
 

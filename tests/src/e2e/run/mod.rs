@@ -2,7 +2,7 @@
 
 mod basics;
 mod bundle;
-mod debian;
+pub(super) mod debian;
 mod errors;
 pub(super) mod katavm;
 mod pty;
@@ -19,4 +19,4 @@ use super::Table;
 pub const TABLES: [Table; 5] = [basics::CASES, streams::CASES, terminal::CASES, workloads::CASES, errors::CASES];
 
 /// The same in full size, for soaks: emulated, these take minutes each.
-pub const LONG_TABLES: [Table; 1] = [streams::LONG_CASES];
+pub const LONG_TABLES: [Table; 2] = [streams::LONG_CASES, workloads::LONG_CASES];
