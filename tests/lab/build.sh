@@ -61,6 +61,7 @@ done
 
 # QEMU, so that the machine outside can run this one whatever its own version is.
 cp /usr/bin/qemu-system-x86_64 qemu/bin/
+if python3 mend-qemu.py qemu/bin/qemu-system-x86_64 2>qemu/flaw; then rm qemu/flaw; else cat qemu/flaw; fi
 ldd /usr/bin/qemu-system-x86_64 | sed -n 's/.* => \(\/[^ ]*\).*/\1/p' | while read -r library; do
     cp -L "$library" qemu/lib/
 done
@@ -105,4 +106,4 @@ tar -C / --one-file-system --xattrs --xattrs-include='*' --exclude=./katavm-lab 
     --exclude='./run/*' --exclude='./tmp/*' --exclude='./var/tmp/*' --exclude='./var/cache/apt/*' \
     --exclude='./var/lib/apt/lists/*' -cf root.tar .
 mkfs.erofs -T0 --quiet --tar=f root.erofs root.tar
-rm -rf root.tar kernel ./*.deb build.sh
+rm -rf root.tar kernel ./*.deb build.sh mend-qemu.py

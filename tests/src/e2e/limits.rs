@@ -55,7 +55,9 @@ fn fork_bomb(context: &Context) -> Result<Verdict> {
         "katavm run -d c1 </dev/null >out 2>&1
          current() { katavm events --stats c1 | jq .data.pids.current; }
          refused() { katavm exec c1 awk '{ print $2 }' /sys/fs/cgroup/pids.events </dev/null 2>/dev/null || echo 0; }
-         until [ $(current) -ge 40 ] || [ $(refused) -gt 0 ]; do :; done; echo full
+         until [ $(current) -ge 40 ] || [ $(refused) -gt 0 ]; do
+             [ \"$(katavm state c1 | jq -r .status)\" = running ] || { cat out; exit 1; }
+         done; echo full
          for i in $(seq 20); do current; done | sort -n | tail -n 1
          katavm delete --force c1; head -n 1 out",
     )?;

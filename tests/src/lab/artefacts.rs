@@ -10,6 +10,7 @@ use katavm_guest_image::support::{packages, step};
 const SUITE: &str = "trixie";
 const PACKAGES: &str = include_str!("../../lab/packages.txt");
 const BUILD: &str = include_str!("../../lab/build.sh");
+const MEND_QEMU: &str = include_str!("../../lab/mend-qemu.py");
 
 /// Takes Debian's current kernel package, whose name has a version in it.
 const FETCH_KERNEL: &str = r#"cd "$1/katavm-lab" && export APT_CONFIG="$MMDEBSTRAP_APT_CONFIG" &&
@@ -32,6 +33,7 @@ impl Artefacts {
             .text("suite", SUITE)
             .text("packages", PACKAGES)
             .text("build", BUILD)
+            .text("mend-qemu", MEND_QEMU)
             .text("kernel", FETCH_KERNEL)
             .text("containerds", FETCH_CONTAINERDS);
         cache::artefact("lab", inputs, build).map(Self)
@@ -66,12 +68,23 @@ impl Artefacts {
     pub fn qemu(&self) -> PathBuf {
         self.0.join("qemu")
     }
+
+    /// Why QEMU could not be mended (`tests/lab/mend-qemu.py`), if so: then guests fail from time to time.
+    #[must_use]
+    pub fn flaw(&self) -> Option<String> {
+        let text = fs::read_to_string(self.qemu().join("flaw")).ok()?;
+        Some(text.trim().to_owned())
+    }
 }
 
 fn build(folder: &Path) -> Result<()> {
     packages::ensure(&["mmdebstrap", "debian-archive-keyring", "apt"])?;
-    let script = folder.join("build.sh");
-    fs::write(&script, BUILD).with_context(|| format!("cannot write {}", script.display()))?;
+    let mut uploads = Vec::new();
+    for (name, text) in [("build.sh", BUILD), ("mend-qemu.py", MEND_QEMU)] {
+        let file = folder.join(name);
+        fs::write(&file, text).with_context(|| format!("cannot write {}", file.display()))?;
+        uploads.push(format!("--customize-hook=upload '{}' /katavm-lab/{name}", file.display()));
+    }
     let include: Vec<&str> = PACKAGES.lines().filter(|line| !line.is_empty() && !line.starts_with('#')).collect();
     let mut command = step::command("mmdebstrap", ["--variant=minbase", "--format=null"]);
     for excluded in ["/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*"] {
@@ -81,7 +94,7 @@ fn build(folder: &Path) -> Result<()> {
         .args(["--dpkgopt=force-unsafe-io", "--aptopt=Acquire::Languages \"none\""])
         .arg(format!("--include={}", include.join(",")))
         .arg("--customize-hook=mkdir \"$1/katavm-lab\"")
-        .arg(format!("--customize-hook=upload '{}' /katavm-lab/build.sh", script.display()))
+        .args(uploads)
         .arg(format!("--customize-hook={FETCH_KERNEL}"))
         .arg(format!("--customize-hook={FETCH_CONTAINERDS}"))
         .arg("--customize-hook=chroot \"$1\" sh /katavm-lab/build.sh")

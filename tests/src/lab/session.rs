@@ -70,6 +70,9 @@ pub fn run(
     streams: Streams,
 ) -> Result<(Outcome, Option<Streams>)> {
     let begin = Instant::now();
+    if let Some(flaw) = artefacts.flaw() {
+        eprintln!("katavm-lab: warning: {flaw}");
+    }
     let program = guest::program()?;
     let initrd = initrd::make(artefacts, &program, job)?;
     let mut qemu = Qemu::start(artefacts, job, machine, initrd)?;
