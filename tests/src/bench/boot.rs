@@ -13,7 +13,6 @@ use tempfile::TempDir;
 use super::bundle;
 use super::clock::{milliseconds, now};
 use super::guest;
-use super::hangs::Hangs;
 use super::measure::{Measure, Table};
 use super::moments::{Moments, Station};
 use super::monitor::{Monitor, Setup, katavm};
@@ -70,42 +69,40 @@ const MEASURES: [Measure; 12] = [
 /// When a monitor fails to boot the guest.
 pub fn run(runs: u32, traced: u32, out: &mut impl Write) -> Result<()> {
     let bench = Bench::new()?;
-    let hangs = Hangs::default();
     let monitors = Monitor::available();
     let ours = Monitor::Katavm.name();
     // Once for nothing: files come into the page cache, and katavm probes this machine's KVM.
     for monitor in &monitors {
-        hangs.again(monitor.name(), || bench.boot(*monitor))?;
+        bench.boot(*monitor)?;
     }
-    hangs.again(ours, || bench.run_true())?;
+    bench.run_true()?;
     let mut table = Table::default();
     for round in 0..runs {
         for monitor in &monitors {
             say(round, monitor.name());
-            let boot = hangs.again(monitor.name(), || bench.boot(*monitor))?;
+            let boot = bench.boot(*monitor)?;
             for (measure, value) in boot {
                 table.add(&measure, monitor.name(), value);
             }
             if round < traced {
                 say(round, "strace");
-                let calls = hangs.again(monitor.name(), || bench.syscalls(*monitor))?;
+                let calls = bench.syscalls(*monitor)?;
                 table.add(&SYSCALLS, monitor.name(), calls);
             }
         }
         say(round, "katavm run /bin/true");
-        for (measure, value) in hangs.again(ours, || bench.run_true())? {
+        for (measure, value) in bench.run_true()? {
             table.add(&measure, ours, value);
         }
         say(round, "katavm run of a busy container");
-        table.add(&RUN_MEMORY, ours, hangs.again(ours, || bench.run_memory())?);
+        table.add(&RUN_MEMORY, ours, bench.run_memory()?);
         if round < traced {
             say(round, "strace katavm run /bin/true");
-            let calls = hangs.again(ours, || bench.agent_ready_syscalls())?;
+            let calls = bench.agent_ready_syscalls()?;
             table.add(&AGENT_READY_SYSCALLS, ours, calls);
         }
     }
     table.print("boot", &MEASURES, out)?;
-    hangs.print("boot", out)?;
     writeln!(out, "boot plot {}", plot::draw("boot", &table.medians(&MEASURES))?.display())?;
     Ok(())
 }

@@ -4,7 +4,6 @@ pub mod boot;
 mod bundle;
 mod clock;
 mod guest;
-mod hangs;
 pub mod io;
 mod measure;
 mod moments;

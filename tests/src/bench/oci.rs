@@ -11,7 +11,6 @@ use tempfile::TempDir;
 
 use super::bundle;
 use super::clock::{milliseconds, now};
-use super::hangs::Hangs;
 use super::measure::{Measure, Table};
 use super::plot;
 use super::process::{Tree, await_readable};
@@ -36,23 +35,21 @@ const RUNTIMES: [&str; 3] = ["katavm", "runc", "crun"];
 /// When a runtime fails.
 pub fn run(runs: u32, out: &mut impl Write) -> Result<()> {
     let bench = Bench::new()?;
-    let hangs = Hangs::default();
     // Once for nothing: files come into the page cache, and katavm probes this machine's KVM.
     for runtime in RUNTIMES {
-        hangs.again(runtime, || bench.life(runtime))?;
+        bench.life(runtime)?;
     }
     let mut table = Table::default();
     for round in 0..runs {
         for runtime in RUNTIMES {
             eprintln!("round {}: {runtime}", round + 1);
-            for (measure, value) in hangs.again(runtime, || bench.life(runtime))? {
+            for (measure, value) in bench.life(runtime)? {
                 table.add(&measure, runtime, value);
             }
-            table.add(&EXEC, runtime, hangs.again(runtime, || bench.exec(runtime))?);
+            table.add(&EXEC, runtime, bench.exec(runtime)?);
         }
     }
     table.print("oci", &MEASURES, out)?;
-    hangs.print("oci", out)?;
     writeln!(out, "oci plot {}", plot::draw("oci", &table.medians(&MEASURES))?.display())?;
     Ok(())
 }

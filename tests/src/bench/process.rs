@@ -1,6 +1,5 @@
 //! A monitor's processes: starting, counting and ending them.
 
-use std::fmt;
 use std::fs;
 use std::io::Read;
 use std::os::fd::AsFd;
@@ -20,28 +19,13 @@ use super::monitor::MEMORY_MIB;
 /// that it never will.
 pub const PATIENCE: Duration = Duration::from_secs(4);
 
-/// A guest that stands still.
-///
-/// In the emulated machine that happens to each monitor, in one of some forty boots: an interrupt comes while the guest's
-/// kernel has them switched off (`docs/lab.md`).
-#[derive(Debug)]
-pub struct Hung;
-
-impl fmt::Display for Hung {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the guest hangs")
-    }
-}
-
-impl std::error::Error for Hung {}
-
 /// Waits until a descriptor can be read, for as long as [`PATIENCE`].
 ///
 /// # Errors
-/// [`Hung`].
+/// When it cannot be.
 pub fn await_readable(fd: impl AsFd) -> Result<()> {
     let patience = PollTimeout::try_from(PATIENCE)?;
-    ensure!(poll(&mut [PollFd::new(fd.as_fd(), PollFlags::POLLIN)], patience)? > 0, Hung);
+    ensure!(poll(&mut [PollFd::new(fd.as_fd(), PollFlags::POLLIN)], patience)? > 0, "the guest hangs");
     Ok(())
 }
 
@@ -61,7 +45,7 @@ impl Tree {
     /// Waits for the end of the first process, whose output is no more than a pipe holds.
     ///
     /// # Errors
-    /// [`Hung`].
+    /// When it does not end within [`PATIENCE`].
     pub fn output(mut self) -> Result<Output> {
         let pid = rustix::process::Pid::from_child(&self.0);
         await_readable(rustix::process::pidfd_open(pid, PidfdFlags::empty())?)?;
@@ -96,6 +80,11 @@ impl Tree {
         pids
     }
 
+    /// All threads of all its processes.
+    pub fn threads(&self) -> Vec<u32> {
+        self.pids().into_iter().flat_map(threads).collect()
+    }
+
     /// Proportional memory of all its processes in KiB, without the guest's RAM.
     ///
     /// # Errors
@@ -111,7 +100,7 @@ impl Tree {
     pub fn exits(&self) -> Result<u64> {
         let folder = Path::new("/sys/kernel/debug/kvm");
         let entries = fs::read_dir(folder).context("exits are counted in debugfs: it takes root, and it mounted")?;
-        let threads: Vec<u32> = self.pids().into_iter().flat_map(threads).collect();
+        let threads = self.threads();
         for entry in entries {
             // Named by the thread that made it and its descriptor.
             let name = entry?.file_name().to_string_lossy().into_owned();

@@ -42,6 +42,15 @@ impl Trace {
         &self.text
     }
 
+    /// The text of one of the instance's files.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn file(&self, name: &str) -> Result<String> {
+        let path = self.instance.join(name);
+        fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
+    }
+
     /// Waits for more.
     ///
     /// # Errors

@@ -23,8 +23,10 @@ enum Cli {
         #[arg(long, default_value_t = 10)]
         runs: u32,
     },
-    /// Requests of a disk, beside the monitors that this machine has.
+    /// What a guest's requests of its devices cost, beside the monitors that this machine has.
     Io {
+        /// Kinds of devices; all of them unless told.
+        kinds: Vec<bench::io::Kind>,
         /// Boots of each monitor.
         #[arg(long, default_value_t = 5)]
         runs: u32,
@@ -44,7 +46,10 @@ fn main() -> Result<()> {
     match Cli::parse() {
         Cli::Boot { runs, traced } => bench::boot::run(runs, traced, &mut std::io::stdout()),
         Cli::Oci { runs } => bench::oci::run(runs, &mut std::io::stdout()),
-        Cli::Io { runs } => bench::io::run(runs, &mut std::io::stdout()),
+        Cli::Io { kinds, runs } => {
+            let kinds = if kinds.is_empty() { bench::io::Kind::ALL.into() } else { kinds };
+            bench::io::run(&kinds, runs, &mut std::io::stdout())
+        }
         Cli::Pod { runs } => bench::pod::run(runs, &mut std::io::stdout()),
     }
 }

@@ -115,6 +115,7 @@ pub fn cases(boot: Boot, long: bool) -> Vec<Case> {
                 memory::LONG,
                 plug::LONG,
                 posix::LONG,
+                traffic::LONG,
                 vsock::LONG,
             ],
             &run::LONG_TABLES,

@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::leftovers::Traces;
 use super::shell::{expect, script};
-use super::{Context, Row, Verdict};
+use super::{Context, Row, Table, Verdict};
 
 /// The table.
 pub const CASES: (&str, &[Row]) = (
@@ -20,7 +20,13 @@ pub const CASES: (&str, &[Row]) = (
     ],
 );
 
-/// What both scripts begin with: `connect` makes an interface on a bridge as a CNI plugin does; everything goes with the
+/// For `katavm-e2e --long`.
+pub const LONG: Table = ("traffic", &[("sixty_five_thousand_connections_are_held", crowd)]);
+
+/// Both ends of many connections.
+const PROGRAM: &str = include_str!("traffic.py");
+
+/// What the scripts begin with: `connect` makes an interface on a bridge as a CNI plugin does; everything goes with the
 /// script.
 const PRELUDE: &str = "
 bridge() {
@@ -111,8 +117,8 @@ fn streams(context: &Context) -> Result<Verdict> {
         # UDP at a rate that everything takes: next to nothing is lost on the way. What did reach the receiver's kernel and
         # found its socket full, as the program got no time, is one of its counters, RcvbufErrors.
         datagrams() { # receiver way
-            katavm exec gb iperf3 -J -u -b 4M -l 1400 -t 2 -c 10.78.0.2 $2 >run.json
-            full=$(katavm exec $1 awk '/^Udp:/ { n = $6 } END { print n }' /proc/net/snmp)
+            katavm exec gb iperf3 -J -u -b 4M -l 1400 -t 2 -c 10.78.0.2 ${2:-} >run.json
+            full=$(katavm exec $1 cat /proc/net/snmp | awk '/^Udp:/ { n = $6 } END { print n }')
             jq -r --argjson full $full '.end.sum | (.lost_packets - $full) * 50 < .packets' run.json
         }
         datagrams ga; datagrams gb -R
@@ -176,6 +182,31 @@ print(n * 8000 > 64 << 20 or n)'
     let lines = [got, got, "down", "1", "up", got, "True", "bounded", got, "lost", "1", got, "Linux"];
     context.note("log", fs::read(context.scratch().join("a.log")).unwrap_or_default());
     expect(&output, &lines)?;
+    traces.expect_nothing_new()?;
+    Ok(Verdict::Passed)
+}
+
+fn crowd(context: &Context) -> Result<Verdict> {
+    bundle(context, "a", "net-a", &["python3", "/tmp/traffic.py", "serve", "/tmp/open"])?;
+    for folder in [context.scratch(), &context.scratch().join("a/rootfs/tmp")] {
+        fs::write(folder.join("traffic.py"), PROGRAM)?;
+    }
+    let traces = before(context)?;
+    // A kernel has room for a tenth of its memory in open files, each taken for 1 KiB: 512 MiB are too little for as many.
+    let body = "
+        jq '.process.rlimits = [{type: \"RLIMIT_NOFILE\", soft: 100000, hard: 100000}]' a/config.json >b; mv b a/config.json
+        ip netns add net-a; bridge bridge-a 10.78.0 fd78; connect net-a eth0 peer-a bridge-a 10.78.0 fd78 2
+        katavm run -d --memory 2048 --bundle a ga </dev/null >a.log 2>&1
+        await nc -z 10.78.0.2 8007
+        mkfifo go; ulimit -n 100000; python3 traffic.py hold 10.78.0.2 65536 <go >held 2>&1 & client=$!; exec 9>go
+        until grep -q '^held 65536$' held; do kill -0 $client 2>/dev/null || { tail -n 3 held a.log >&2; exit 1; }; sleep 1; done
+        open() { [ $(katavm exec ga cat /tmp/open) = $1 ]; }
+        await open 65536; echo held
+        katavm exec ga uname -s; nc -z 10.78.0.2 8000 && echo one more
+        exec 9>&-; wait $client; await open 0; echo gone";
+    let output = script(context, &format!("{PRELUDE}{body}"));
+    context.note("log", fs::read(context.scratch().join("a.log")).unwrap_or_default());
+    expect(&output?, &["held", "Linux", "one more", "gone"])?;
     traces.expect_nothing_new()?;
     Ok(Verdict::Passed)
 }
