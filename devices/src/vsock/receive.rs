@@ -7,17 +7,47 @@ use super::device::{RX, TURN, Vsock};
 use super::packet::{HEADER_SIZE, Header, MAX_PAYLOAD};
 use super::streams::read_ended;
 use super::table::Entry;
-use crate::virtio::queue::Buffers;
+use crate::memory::GuestMemory;
+use crate::virtio::queue::{Buffers, Chain, QueueSet};
+
+/// Packets that one read of a host end fills at most, if nobody else stands in line: those who do share them, so that none waits
+/// longer for its turn. Linux' driver has buffers of 4 KiB.
+const TOGETHER: usize = 16;
+
+/// A buffer of the guest for one packet.
+struct Room<'m> {
+    chain: u16,
+    header: Buffers<'m>,
+    payload: Buffers<'m>,
+}
+
+impl<'m> Room<'m> {
+    fn new(chain: &Chain, memory: &'m GuestMemory) -> Self {
+        let mut header = chain.writer(memory);
+        let payload = header.split_off(HEADER_SIZE);
+        Self { chain: chain.head(), header, payload }
+    }
+
+    /// Whether not even a header fits.
+    fn is_useless(&self) -> bool {
+        self.header.remaining() < HEADER_SIZE
+    }
+
+    /// Puts the header before what is there already; the chain and how long the packet is.
+    fn packet(mut self, header: &Header) -> (u16, u32) {
+        let written = self.header.write(&header.encode());
+        (self.chain, u32::try_from(written).unwrap_or(u32::MAX).saturating_add(header.len))
+    }
+}
 
 impl Vsock {
-    /// Gives the guest what waits for it, one packet per connection in turn; true when there is more after this turn.
+    /// Gives the guest what waits for it, each connection in turn; true when there is more after this turn.
     pub(super) fn fill(&mut self) -> bool {
         let Some(memory) = self.queues.memory() else { return false };
-        let mut used = false;
-        let mut more = true;
+        let (mut used, mut more, mut left) = (false, true, TURN);
         // Kicks of this queue matter only while it lacks buffers.
         self.queues.disable_kicks(RX);
-        for _ in 0..TURN {
+        while left > 0 {
             if !self.has_work() {
                 more = false;
                 break;
@@ -29,13 +59,14 @@ impl Vsock {
                 more = false;
                 break;
             };
-            match self.next_packet(chain.writer(&memory)) {
-                Some(len) => {
-                    self.queues.add_used(RX, chain.head(), len);
-                    used = true;
-                }
-                None => self.queues.undo_pop(RX),
+            let packets = self.next_packets(Room::new(&chain, &memory), &memory);
+            if !packets.is_empty() {
+                self.queues.add_used_together(RX, &packets);
+                used = true;
             }
+            // Rooms that nothing came into.
+            self.queues.put_back(RX);
+            left = left.saturating_sub(packets.len().max(1));
         }
         if used {
             self.queues.notify(RX);
@@ -47,59 +78,114 @@ impl Vsock {
         !self.replies.is_empty() || self.table.has_ready()
     }
 
-    /// Writes the next packet into `buffers` and says how long it is; None when there is none after all.
-    fn next_packet(&mut self, mut buffers: Buffers<'_>) -> Option<usize> {
-        let body = buffers.split_off(HEADER_SIZE);
-        if buffers.remaining() < HEADER_SIZE {
+    /// Writes the next packet into `room`, or several of one connection into it and those after it; none when there is
+    /// none after all.
+    fn next_packets(&mut self, room: Room<'_>, memory: &GuestMemory) -> Vec<(u16, u32)> {
+        if room.is_useless() {
             debug!("a vsock receive buffer is too small for a header: given back empty");
-            return Some(0);
+            return vec![(room.chain, 0)];
         }
         if let Some(reply) = self.replies.pop() {
-            return Some(write(buffers, &reply));
+            return vec![room.packet(&reply)];
         }
+        let mut rooms = vec![room];
         while let Some(id) = self.table.dequeue() {
+            let share = (TOGETHER / (self.table.in_line() + 1)).max(1);
             let Some(entry) = self.table.get(id) else { continue };
             let was_resetting = entry.connection.phase == Phase::Resetting;
-            let header = packet_from(entry, self.guest_cid, &body);
-            if was_resetting && header.is_some() {
+            let supply = Supply { queues: &mut self.queues, memory, share };
+            let packets = packets_from(entry, self.guest_cid, &mut rooms, supply);
+            if was_resetting && !packets.is_empty() {
                 // The guest has its RST: this connection is history.
                 self.abandon(id, std::io::ErrorKind::ConnectionRefused);
             } else {
                 self.follow_up(id);
             }
-            if let Some(header) = header {
-                return Some(write(buffers, &header));
+            if !packets.is_empty() {
+                return packets;
             }
         }
-        None
+        Vec::new()
     }
 }
 
-fn write(mut buffers: Buffers<'_>, header: &Header) -> usize {
-    buffers.write(&header.encode()) + header.len as usize
-}
-
-/// The next packet of one connection; its payload is read straight into `body`.
-fn packet_from(entry: &mut Entry, guest_cid: u64, body: &Buffers<'_>) -> Option<Header> {
-    if let Some(header) = entry.connection.next_control(guest_cid) {
-        return Some(header);
+/// The next packet of one connection, or several if its host end has much to say: the payload is read straight into
+/// `rooms`, of which there is one at least, and more are taken from the queue then.
+fn packets_from<'m>(
+    entry: &mut Entry,
+    guest_cid: u64,
+    rooms: &mut Vec<Room<'m>>,
+    mut supply: Supply<'_, 'm>,
+) -> Vec<(u16, u32)> {
+    let control = |entry: &mut Entry, rooms: &mut Vec<Room<'m>>| -> Option<Vec<(u16, u32)>> {
+        let header = entry.connection.next_control(guest_cid)?;
+        Some(vec![rooms.remove(0).packet(&header)])
+    };
+    if let Some(packet) = control(entry, rooms) {
+        return packet;
     }
     while entry.readable && entry.connection.wants_host_data() {
         let credit = entry.connection.allowance().min(MAX_PAYLOAD) as usize;
-        let room = body.remaining().min(credit);
-        let Some(socket) = entry.socket.as_ref().filter(|_| credit > 0) else { break };
-        if room == 0 {
-            // A buffer for nothing but headers. An empty packet uses it up; the next may be longer.
-            return Some(entry.connection.data_header(guest_cid, 0));
+        if credit == 0 || entry.socket.is_none() {
+            break;
         }
-        match socket.receive_into(body, room) {
-            Ok(len) if len > 0 => {
-                // Never more than `room`, which fits.
-                let len = u32::try_from(len).unwrap_or(MAX_PAYLOAD);
-                return Some(entry.connection.data_header(guest_cid, len));
+        if entry.floods {
+            supply.add_to(rooms, credit);
+        }
+        let len = room_of(rooms).min(credit);
+        if len == 0 {
+            // A buffer for nothing but headers. An empty packet uses it up; the next may be longer.
+            return vec![rooms.remove(0).packet(&entry.connection.data_header(guest_cid, 0))];
+        }
+        let Some(socket) = &entry.socket else { break };
+        match socket.receive_into(rooms.iter().map(|room| &room.payload), len) {
+            Ok(received) if received > 0 => {
+                // It had more than there was room for, or as much.
+                entry.floods = received == len;
+                let mut left = received;
+                let mut packets = Vec::new();
+                for room in rooms.drain(..) {
+                    let part = room.payload.remaining().min(left);
+                    if part == 0 {
+                        break;
+                    }
+                    left -= part;
+                    // All parts together are no more than `credit`, which fits.
+                    let part = u32::try_from(part).unwrap_or(MAX_PAYLOAD);
+                    packets.push(room.packet(&entry.connection.data_header(guest_cid, part)));
+                }
+                return packets;
             }
             outcome => read_ended(entry, &outcome),
         }
     }
-    entry.connection.next_control(guest_cid)
+    control(entry, rooms).unwrap_or_default()
+}
+
+/// How many bytes of payload all of them take.
+fn room_of(rooms: &[Room<'_>]) -> usize {
+    rooms.iter().map(|room| room.payload.remaining()).sum()
+}
+
+/// Where more rooms come from.
+struct Supply<'q, 'm> {
+    queues: &'q mut QueueSet,
+    memory: &'m GuestMemory,
+    /// How many there may be in all.
+    share: usize,
+}
+
+impl<'m> Supply<'_, 'm> {
+    /// Takes buffers from the queue for as long as they are few and there is credit for more.
+    fn add_to(&mut self, rooms: &mut Vec<Room<'m>>, credit: usize) {
+        while rooms.len() < self.share && room_of(rooms) < credit {
+            let Some(chain) = self.queues.pop(RX) else { return };
+            let room = Room::new(&chain, self.memory);
+            if room.is_useless() || room.payload.remaining() == 0 {
+                // It is looked at when it is the first one.
+                return self.queues.undo_pop(RX);
+            }
+            rooms.push(room);
+        }
+    }
 }

@@ -55,12 +55,28 @@ impl Socket {
         usize::try_from(sent).map_err(|_| io::Error::last_os_error())
     }
 
-    /// Reads up to `len` bytes straight into guest memory (`readv(2)`); zero is the end of the stream.
-    pub fn receive_into(&self, buffers: &Buffers<'_>, len: usize) -> io::Result<usize> {
-        let vectors = buffers.iovecs(len);
-        let count = i32::try_from(vectors.len()).unwrap_or(libc::UIO_MAXIOV);
+    /// Reads up to `len` bytes straight into guest memory, one buffer after the other (`readv(2)`); zero is the end of the
+    /// stream.
+    pub fn receive_into<'b, 'm: 'b>(
+        &self,
+        buffers: impl IntoIterator<Item = &'b Buffers<'m>>,
+        len: usize,
+    ) -> io::Result<usize> {
+        let (mut vectors, mut left) = (Vec::new(), len);
+        for buffer in buffers {
+            let before = left;
+            for vector in buffer.iovecs(left) {
+                left -= vector.iov_len;
+                vectors.push(vector);
+            }
+            // Without a gap: not even all of this one, for it has too many pieces or there is enough.
+            if before - left < buffer.remaining() {
+                break;
+            }
+        }
+        let count = i32::try_from(vectors.len()).unwrap_or(libc::UIO_MAXIOV).min(libc::UIO_MAXIOV);
         // SAFETY: the descriptor is open, and the vectors describe guest memory that stays mapped while
-        // `buffers` lives; nothing in this process relies on what is in it.
+        // `buffers` live; nothing in this process relies on what is in it.
         let received = unsafe { libc::readv(self.as_raw_fd(), vectors.as_ptr(), count) };
         usize::try_from(received).map_err(|_| io::Error::last_os_error())
     }

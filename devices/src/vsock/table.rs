@@ -20,6 +20,8 @@ pub(super) struct Entry {
     pub socket: Option<Socket>,
     /// The socket may have bytes, or an end, to read: it has not said otherwise since the last event.
     pub readable: bool,
+    /// The last read of the socket filled all the room that it was given.
+    pub floods: bool,
     /// The socket may have room.
     pub writable: bool,
     /// The host end is closed in both directions.
@@ -117,6 +119,7 @@ impl Table {
             connection,
             socket,
             readable: false,
+            floods: false,
             writable: true,
             hung_up: false,
             shut: Shutdown::empty(),
@@ -155,6 +158,11 @@ impl Table {
             entry.queued = true;
             self.ready.push_back(id);
         }
+    }
+
+    /// How many connections stand in line.
+    pub fn in_line(&self) -> usize {
+        self.ready.len()
     }
 
     /// Whether any connection stands in line.

@@ -124,8 +124,9 @@ const NETWORK: [Workload; 5] = [
 
 const VSOCK: [Workload; 5] = NETWORK;
 
-const FILES: [Workload; 8] = [
-    files("look", 512, Files::Look),
+const FILES: [Workload; 9] = [
+    files("stat", 512, Files::Look),
+    files("statx_birth", 512, Files::LookAtBirth),
     files("read_4k", 512, Files::Read),
     files("open_again", 256, Files::OpenAgain),
     files("list", 512, Files::List),

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
 use nix::mount::{MsFlags, mount};
+use nix::sys::stat::stat;
 
 /// The tag of the share.
 pub const TAG: &str = "bench";
@@ -24,11 +25,13 @@ const IN_A_FOLDER: usize = 64;
 pub enum Files {
     /// stat(2).
     Look,
+    /// statx(2) with the time of birth, which coreutils and Rust's programs ask for.
+    LookAtBirth,
     /// open(2), read(2) of all of it, close(2).
     Read,
     /// open(2) and close(2) of the same one.
     OpenAgain,
-    /// Folders are listed, with what each entry is.
+    /// Folders are listed, with stat(2) of each entry.
     List,
     /// open(2), write(2), close(2).
     Create,
@@ -45,7 +48,7 @@ pub enum Files {
 /// # Errors
 /// Those of the file system.
 pub fn fill(root: &Path) -> Result<()> {
-    for work in [Files::Look, Files::Read, Files::List] {
+    for work in [Files::Look, Files::LookAtBirth, Files::Read, Files::List] {
         for index in 0..512 {
             let path = small(root, work, index);
             fs::create_dir_all(path.parent().unwrap_or(root))?;
@@ -82,7 +85,11 @@ pub fn run(work: Files, count: usize) -> Result<()> {
     let made = |index: usize| root.join("new").join(format!("file-{index}"));
     match work {
         Files::Look => each(count, |index| {
-            ensure!(fs::metadata(small(&root, work, index))?.len() == SMALL as u64, "another length");
+            ensure!(stat(&small(&root, work, index))?.st_size == SMALL as i64, "another length");
+            Ok(())
+        }),
+        Files::LookAtBirth => each(count, |index| {
+            fs::metadata(small(&root, work, index))?.created()?;
             Ok(())
         }),
         Files::Read => each(count, |index| {
@@ -98,7 +105,7 @@ pub fn run(work: Files, count: usize) -> Result<()> {
             for folder in 0..count / IN_A_FOLDER {
                 let path = small(&root, work, folder * IN_A_FOLDER);
                 for entry in fs::read_dir(path.parent().context("a file without a folder")?)? {
-                    seen += usize::from(entry?.metadata()?.is_file());
+                    seen += usize::from(stat(&entry?.path())?.st_size == SMALL as i64);
                 }
             }
             ensure!(seen == count, "{seen} files");
