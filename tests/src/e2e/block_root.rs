@@ -51,13 +51,14 @@ fn committed<const V: usize>(context: &Context) -> Result<Verdict> {
         context,
         r#"mkdir data two; echo shared >data/x; echo two >two/x
         run -d $block --mount type=bind,src=$PWD/data,dst=/made/here,options=rbind:ro $image c1 sh -c '
-            echo kept >/kept; dd if=/dev/urandom of=/many bs=64k count=64; sha256sum /many >/sum; cat /made/here/x >/seen; exec sleep 1000' </dev/null
+            [ -e /kept ] || { dd if=/dev/urandom of=/many bs=64k count=64; sha256sum /many >/sum; echo kept >/kept; cat /made/here/x >/seen; }; exec sleep 1000' </dev/null
         ctr task exec --exec-id e1 c1 sh -c 'until [ -s /seen ]; do sleep 0.1; done' </dev/null; root c1; on_host
         # What stands for it on the host has nothing in its place, and takes nothing.
         pid=$(ctr task ls | awk '$1 == "c1" { print $2 }'); ls -A /proc/$pid/root | wc -l
         touch /proc/$pid/root/x 2>&1 | grep -o 'Read-only file system'
         file=$(image_of c1); run --rm --mount type=ext4,src=$file,dst=/x $image c2 true 2>&1 | grep -o 'it is in use as another disk'
         stop c1; e2fsck -fn $file >fsck 2>&1 && echo whole; dumpe2fs -h $file 2>p | grep -c needs_recovery || true
+        # The same process once more, which finds what it wrote.
         ctr task start -d c1 </dev/null; root c1; stop c1
         # An image whose only layer is what the snapshot is committed as.
         tar -C two -c . | podman import -q - localhost/two:latest >p 2>&1

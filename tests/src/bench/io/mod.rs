@@ -29,6 +29,10 @@ use super::trace::{Trace, time_of};
 /// Names of system calls' counts by process, in a trace.
 const SYSCALLS: &str = "events/raw_syscalls/sys_enter";
 
+/// How often a guest's patience may be tried in the first round. Programs come from the disk then, and while all of the machine
+/// waits for that, a counting clock jumps from one timer to the next.
+const FIRST_TRIES: u32 = 50;
+
 /// This program as a guest's init, or as our monitor; nothing if it is neither.
 ///
 /// # Errors
@@ -158,16 +162,17 @@ fn once(monitor: Monitor, kind: Kind, setup: &Setup, count_syscalls: bool) -> Re
         let syscalls = if count_syscalls { syscalls(&trace.file(&format!("{SYSCALLS}/hist"))?, &tree) } else { 0 };
         Ok(Counts { exits: tree.exits()?, syscalls })
     };
+    let tries = if count_syscalls { FIRST_TRIES } else { 1 };
     let mut counts = Vec::new();
     for index in 0..workloads.len() {
         let (begin, end) = marks(index);
-        await_mark(&mut trace, begin).with_context(|| said(&path))?;
+        await_mark(&mut trace, begin, tries).with_context(|| said(&path))?;
         let before = look(&trace)?;
-        await_mark(&mut trace, end).with_context(|| said(&path))?;
+        await_mark(&mut trace, end, tries).with_context(|| said(&path))?;
         let after = look(&trace)?;
         counts.push(Counts { exits: after.exits - before.exits, syscalls: after.syscalls - before.syscalls });
     }
-    await_mark(&mut trace, DONE).with_context(|| said(&path))?;
+    await_mark(&mut trace, DONE, tries).with_context(|| said(&path))?;
     let console = said(&path);
     let found = workloads.iter().zip(counts).map(|(workload, counts)| {
         let line =
@@ -198,9 +203,14 @@ fn hits(line: &str) -> Option<(u32, u64)> {
     Some((pid.trim().parse().ok()?, count.trim().parse().ok()?))
 }
 
-fn await_mark(trace: &mut Trace, leaf: u32) -> Result<()> {
+fn await_mark(trace: &mut Trace, leaf: u32, mut tries: u32) -> Result<()> {
     while time_of(trace.text(), &format!(": kvm_cpuid: func {leaf:x} ")).is_none() {
-        trace.read()?;
+        if let Err(error) = trace.read() {
+            tries -= 1;
+            if tries == 0 {
+                return Err(error);
+            }
+        }
     }
     Ok(())
 }

@@ -89,7 +89,7 @@ pub fn run(work: Files, count: usize) -> Result<()> {
             Ok(())
         }),
         Files::LookAtBirth => each(count, |index| {
-            fs::metadata(small(&root, work, index))?.created()?;
+            ensure!(fs::metadata(small(&root, work, index))?.len() == SMALL as u64, "another length");
             Ok(())
         }),
         Files::Read => each(count, |index| {
