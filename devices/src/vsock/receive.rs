@@ -126,9 +126,7 @@ fn packets_from<'m>(
     }
     while entry.readable && entry.connection.wants_host_data() {
         let credit = entry.connection.allowance().min(MAX_PAYLOAD) as usize;
-        if credit == 0 || entry.socket.is_none() {
-            break;
-        }
+        let Some(socket) = entry.socket.as_ref().filter(|_| credit > 0) else { break };
         if entry.floods {
             supply.add_to(rooms, credit);
         }
@@ -137,7 +135,6 @@ fn packets_from<'m>(
             // A buffer for nothing but headers. An empty packet uses it up; the next may be longer.
             return vec![rooms.remove(0).packet(&entry.connection.data_header(guest_cid, 0))];
         }
-        let Some(socket) = &entry.socket else { break };
         match socket.receive_into(rooms.iter().map(|room| &room.payload), len) {
             Ok(received) if received > 0 => {
                 // It had more than there was room for, or as much.
