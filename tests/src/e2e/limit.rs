@@ -4,13 +4,16 @@ use std::fs;
 use std::path::Path;
 use std::process::exit;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use anyhow::Result;
 
 use super::context::kept;
 use super::leftovers::listing;
+
+/// How much of a command is told.
+const COMMAND_LENGTH: usize = 120;
 
 /// Watches a case until it is dropped.
 pub struct Limit {
@@ -47,7 +50,33 @@ fn tell(name: &str, limit: Duration) {
     }
 }
 
-/// Process, thread, state and place in the kernel of each thread of ours and of the engines'. Some end in the meantime.
+/// What threads wait for at a moment of the future, unless it is not wanted any more then.
+pub struct Look {
+    ended: Sender<()>,
+    taken: JoinHandle<Option<String>>,
+}
+
+/// Looks after `time`.
+///
+/// # Errors
+/// When there can be no further thread.
+pub fn look(time: Duration) -> Result<Look> {
+    let (ended, end) = channel::<()>();
+    let late = move || (end.recv_timeout(time) == Err(RecvTimeoutError::Timeout)).then(|| threads().join("\n"));
+    Ok(Look { ended, taken: thread::Builder::new().name("look".into()).spawn(late)? })
+}
+
+impl Look {
+    /// What was seen, if it has come to that.
+    pub fn end(self) -> Option<String> {
+        // Whoever looked already does not listen any more.
+        let _ = self.ended.send(());
+        self.taken.join().ok().flatten()
+    }
+}
+
+/// Process, thread, state and place in the kernel of each thread of ours and of the engines', and how each process was
+/// started. Some end in the meantime.
 fn threads() -> Vec<String> {
     let mut lines = Vec::new();
     for pid in listing(Path::new("/proc")).iter().filter_map(|name| name.parse::<u32>().ok()) {
@@ -57,6 +86,8 @@ fn threads() -> Vec<String> {
             // The kernel's own.
             continue;
         }
+        let command = text(&process.join("cmdline")).replace('\0', " ");
+        lines.push(format!("{pid}: {}", command.chars().take(COMMAND_LENGTH).collect::<String>()));
         let tasks = process.join("task");
         for thread in listing(&tasks).iter().map(|name| tasks.join(name)) {
             let stat = text(&thread.join("stat"));
@@ -79,6 +110,16 @@ mod tests {
         let own = thread::Builder::new().name("seen".into()).spawn(threads).unwrap().join().unwrap();
         let pid = std::process::id().to_string();
         assert!(own.iter().any(|line| line.contains(&pid) && line.contains(" seen R")), "{own:#?}");
+    }
+
+    #[test]
+    fn a_look_is_taken_late_or_not_at_all() {
+        let late = look(Duration::ZERO).unwrap();
+        while !late.taken.is_finished() {
+            thread::yield_now();
+        }
+        assert!(late.end().unwrap().contains(&std::process::id().to_string()));
+        assert_eq!(look(Duration::from_secs(3600)).unwrap().end(), None);
     }
 
     #[test]

@@ -1,27 +1,34 @@
 //! Cases that are scripts of the shell, as people type them.
 
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Result, ensure};
 
-use super::Context;
+use super::{Context, limit};
 
 /// Seconds that a script may take, emulated and on a busy machine.
-const LIMIT: &str = "600";
+const LIMIT: u64 = 600;
 
 /// Runs a script of bash with `set -u` in the case's folder, and gives its standard output; its end must be good.
 pub fn script(context: &Context, text: &str) -> Result<String> {
+    let limit = LIMIT.to_string();
+    // Shortly before the end, when what is waited for is still there.
+    let look = limit::look(Duration::from_secs(LIMIT - 10))?;
     let output = Command::new("timeout")
-        .args(["-k", "5", LIMIT, "bash", "-euc", text])
+        .args(["-k", "5", &limit, "bash", "-euc", text])
         .current_dir(context.scratch())
         .output()?;
     context.note("stdout", output.stdout.clone());
     context.note("stderr", output.stderr.clone());
-    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    let mut told = String::from_utf8_lossy(&output.stderr).into_owned();
+    if let Some(threads) = look.end() {
+        told.push_str(&format!("what threads waited for after {} s:\n{threads}", LIMIT - 10));
+    }
     if !output.status.success() {
         // The next case finds a clean host all the same.
         let clean = "for id in $(katavm list -q); do katavm delete --force $id; done";
-        Command::new("timeout").args(["-k", "5", LIMIT, "sh", "-c", clean]).output()?;
+        Command::new("timeout").args(["-k", "5", &limit, "sh", "-c", clean]).output()?;
     }
     ensure!(output.status.success(), "{}: {told}", output.status);
     Ok(String::from_utf8(output.stdout)?)

@@ -77,6 +77,14 @@ pub struct Machine {
     pub console: Option<PathBuf>,
 }
 
+impl Machine {
+    /// The CPUs that it gets.
+    #[must_use]
+    pub fn cpus(&self) -> u32 {
+        if self.counting { 1 } else { self.cpus }
+    }
+}
+
 impl Default for Machine {
     fn default() -> Self {
         Self { memory_mib: 8192, cpus: 2, counting: false, limit: Duration::from_secs(600), console: None }

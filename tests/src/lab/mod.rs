@@ -8,6 +8,7 @@ pub mod direct;
 pub mod guest;
 mod initrd;
 mod job;
+mod monitor;
 mod places;
 mod qemu;
 mod session;

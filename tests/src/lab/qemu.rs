@@ -22,15 +22,18 @@ pub struct Qemu {
     pub ports: Vec<UnixStream>,
     /// What the machine's serial console prints.
     pub console: UnixStream,
+    /// Its monitor, which speaks QMP.
+    pub monitor: UnixStream,
 }
 
 impl Qemu {
     /// Starts the machine. The calling thread must outlive it.
     pub fn start(artefacts: &Artefacts, job: &Job, machine: &Machine, initrd: OwnedFd) -> Result<Self> {
         let (console, console_end) = UnixStream::pair()?;
+        let (monitor, monitor_end) = UnixStream::pair()?;
         let pairs = PORTS.iter().map(|_| UnixStream::pair()).collect::<std::io::Result<Vec<_>>>()?;
         let (ports, ends): (Vec<_>, Vec<_>) = pairs.into_iter().unzip();
-        for end in ends.iter().chain([&console_end]) {
+        for end in ends.iter().chain([&console_end, &monitor_end]) {
             fcntl(end, FcntlArg::F_SETFD(FdFlag::empty()))?;
         }
         let qemu = artefacts.qemu();
@@ -46,6 +49,7 @@ impl Qemu {
             .args(disk_arguments(&artefacts.root()))
             .args(share_arguments(job))
             .args(port_arguments(console_end.as_raw_fd(), &ends.iter().map(AsRawFd::as_raw_fd).collect::<Vec<_>>()))
+            .args(monitor_arguments(monitor_end.as_raw_fd()))
             .arg("-kernel")
             .arg(artefacts.kernel())
             .args([
@@ -65,7 +69,7 @@ impl Qemu {
             command.pre_exec(move || die_with(parent));
         }
         let child = command.spawn().context("cannot start QEMU")?;
-        Ok(Self { child, ports, console })
+        Ok(Self { child, ports, console, monitor })
     }
 
     /// Ends the machine at once.
@@ -97,17 +101,11 @@ fn machine_arguments(machine: &Machine) -> Vec<OsString> {
     arguments.extend(["-M".into(), "q35,usb=off,sata=off,smbus=off,vmport=off".into(), "-m".into(), memory]);
     // Five-level page tables only make each emulated walk longer.
     arguments.extend(["-cpu".into(), "max,+svm,+npt,-la57".into()]);
+    // All CPUs on one thread, in turns: with a thread for each, QEMU loses interrupts and runs stale code (docs/lab.md).
+    arguments.extend(["-accel".into(), "tcg,thread=single,tb-size=1024".into()]);
+    arguments.extend(["-smp".into(), machine.cpus().to_string()]);
     if machine.counting {
-        arguments.extend(
-            ["-accel", "tcg,thread=single,tb-size=1024", "-icount", "shift=0,sleep=off", "-smp", "1"].map(String::from),
-        );
-    } else {
-        arguments.extend([
-            "-accel".into(),
-            "tcg,thread=multi,tb-size=1024".into(),
-            "-smp".into(),
-            machine.cpus.to_string(),
-        ]);
+        arguments.extend(["-icount".into(), "shift=0,sleep=off".into()]);
     }
     arguments.into_iter().map(OsString::from).collect()
 }
@@ -143,6 +141,10 @@ fn port_arguments(console: i32, ports: &[i32]) -> Vec<OsString> {
     arguments.into_iter().map(OsString::from).collect()
 }
 
+fn monitor_arguments(fd: i32) -> [String; 4] {
+    ["-chardev".into(), format!("socket,id=monitor,fd={fd}"), "-mon".into(), "chardev=monitor,mode=control".into()]
+}
+
 /// In QEMU's options a comma in a value is doubled.
 fn escaped(path: &Path) -> String {
     path.to_string_lossy().replace(',', ",,")
@@ -173,10 +175,9 @@ mod tests {
     #[test]
     fn the_counting_machine_has_one_cpu_and_counts() {
         let counting = text(machine_arguments(&Machine { counting: true, cpus: 4, ..Machine::default() }));
-        assert!(counting.contains("-icount shift=0,sleep=off -smp 1"), "{counting}");
-        assert!(counting.contains("thread=single"));
+        assert!(counting.contains("-smp 1 -icount shift=0,sleep=off"), "{counting}");
         let usual = text(machine_arguments(&Machine { cpus: 4, ..Machine::default() }));
-        assert!(usual.contains("thread=multi,tb-size=1024 -smp 4") && !usual.contains("icount"), "{usual}");
+        assert!(usual.contains("thread=single,tb-size=1024 -smp 4") && !usual.contains("icount"), "{usual}");
     }
 
     #[test]

@@ -18,7 +18,7 @@ use super::qemu::Qemu;
 use super::streams::Streams;
 use super::terminal::{self, Signal};
 use super::wire::{self, FromLab, ToLab};
-use super::{guest, initrd};
+use super::{guest, initrd, monitor};
 
 /// How long a machine may take until the command starts: many times what it needs, as this machine may be busy.
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
@@ -90,7 +90,8 @@ pub fn run(
         move |signal| sender.send(Event::Signal(signal)).is_ok()
     })?;
     let boot_limit = if job.systemd || machine.counting { SLOW_BOOT_LIMIT } else { BOOT_LIMIT };
-    let session = Session { events, begin, machine, boot_limit, heartbeat: job.heartbeat };
+    let monitor = qemu.monitor.try_clone()?;
+    let session = Session { events, begin, machine, monitor, boot_limit, heartbeat: job.heartbeat };
     if let Some(end) = session.wait_for_start() {
         qemu.kill();
         return Ok((end.with_console(&console), Some(streams)));
@@ -138,6 +139,7 @@ struct Session<'a> {
     events: Receiver<Event>,
     begin: Instant,
     machine: &'a Machine,
+    monitor: UnixStream,
     boot_limit: Duration,
     heartbeat: bool,
 }
@@ -203,7 +205,10 @@ impl Session<'_> {
                     }
                 }
                 Err(_) if Instant::now() >= deadline => return Ok(End::TimedOut(self.machine.limit)),
-                Err(_) => return failed(&format!("the machine hangs: silent for {} s", SILENCE_LIMIT.as_secs())),
+                Err(_) => {
+                    let state = monitor::look(&self.monitor, self.machine.cpus());
+                    return failed(&format!("the machine hangs: silent for {} s\n{state}", SILENCE_LIMIT.as_secs()));
+                }
             }
         }
     }

@@ -7,7 +7,6 @@ mod command;
 mod files;
 mod pumps;
 mod session;
-mod still;
 
 use std::path::{Path, PathBuf};
 

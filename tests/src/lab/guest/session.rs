@@ -15,7 +15,6 @@ use nix::sys::wait::{WaitStatus, wait};
 use super::HOME;
 use super::command::{self, Running};
 use super::pumps::{self, Drain};
-use super::still;
 use crate::lab::job::{Access, Job};
 use crate::lab::wire::{self, FromLab, PORTS, ToLab};
 
@@ -60,7 +59,6 @@ fn try_run() -> Result<()> {
     if job.heartbeat {
         start_heartbeat(Arc::clone(&control))?;
     }
-    let _still = still::keep().context("cannot keep KVM's text as it is")?;
     let code = match command::start(&job) {
         Ok(running) => {
             let sizes = control.lock().unwrap_or_else(PoisonError::into_inner).try_clone()?;
