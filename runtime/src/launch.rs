@@ -9,6 +9,7 @@ use oci_spec::runtime::{LinuxMemory, LinuxNamespace, LinuxNamespaceType, LinuxRe
 use rustix::process::{Pid, geteuid};
 
 use crate::config::Bundle;
+use crate::cpuset::Cpuset;
 use crate::cri::sandbox_resources;
 use crate::host::{self, Cgroup};
 use crate::limits;
@@ -215,10 +216,16 @@ impl Launch {
         }
     }
 
-    /// The control group in which the sandbox' memory is limited, if it is.
+    /// Whether the sandbox' memory is limited in the control group.
     #[must_use]
-    pub fn memory_cgroup(&self) -> Option<Cgroup> {
-        memory_limit(&self.bundle.spec).and_then(|_| self.cgroup.clone())
+    pub fn has_memory_limit(&self) -> bool {
+        memory_limit(&self.bundle.spec).is_some()
+    }
+
+    /// What of the host the sandbox was held to when it entered the control group.
+    #[must_use]
+    pub fn cpuset(&self) -> Cpuset {
+        sandbox_resources(&self.bundle.spec).map(|resources| Cpuset::of(&resources)).unwrap_or_default()
     }
 
     /// Moves the stand-in of a container in another's sandbox into its control group, where nothing else of it is: its
@@ -321,13 +328,17 @@ fn is_usable(cgroup: &Cgroup) -> bool {
 
 /// Warns of limits that hold on the host alone, where no control group of the container holds a virtual machine.
 fn warn_of_limits(bundle: &Bundle, is_member: bool, has_cgroup: bool) {
-    let resources = bundle.spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    let Some(mut resources) = bundle.spec.linux().as_ref().and_then(|linux| linux.resources().clone()) else { return };
+    if is_member {
+        // The pod sees to these.
+        Cpuset::take(&mut resources);
+    }
     let reason = match (is_member, has_cgroup) {
         (true, _) => "the control group of the sandbox' first container holds the virtual machine",
         (false, false) => "without root, or without cgroup v2 on the host, the sandbox has no control group",
         (false, true) => return,
     };
-    for field in resources.map(limits::only_on_host).unwrap_or_default() {
+    for field in limits::only_on_host(&resources) {
         log::warn!("config.json: linux.resources.{field} is not honoured: {reason}");
     }
 }

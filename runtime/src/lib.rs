@@ -2,6 +2,7 @@
 
 pub mod cli;
 pub mod config;
+pub mod cpuset;
 pub mod cri;
 pub mod descriptor;
 pub mod hooks;

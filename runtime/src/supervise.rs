@@ -240,8 +240,9 @@ impl Work<'_> {
         let made = async {
             let hostname = self.launch.bundle.spec.hostname().clone().unwrap_or_default();
             let ready = move |patience| ready.wait(patience);
-            let (share, cgroup) = (self.share.clone(), self.launch.memory_cgroup());
-            let (prepared, ready) = Pod::prepare(sandbox, network, share, cgroup, ready, &hostname).await?;
+            let (share, cgroup, has_limit) =
+                (self.share.clone(), self.launch.cgroup.clone(), self.launch.has_memory_limit());
+            let (prepared, ready) = Pod::prepare(sandbox, network, share, cgroup, has_limit, ready, &hostname).await?;
             self.note_ready(&ready, exits());
             let pod = pod.insert(prepared);
             if let Some(network) = &self.user_network {
@@ -264,6 +265,7 @@ impl Work<'_> {
                         journal: outside.journal,
                         cgroup: self.launch.cgroup.clone(),
                         limits: Some(plan.limits).filter(|_| !is_sandbox(&self.launch.bundle.spec)),
+                        cpuset: self.launch.cpuset(),
                         is_first: true,
                     };
                     Ok(pod.create(new).await?)

@@ -19,6 +19,7 @@ use katavm_protocol::agent::{
 };
 use katavm_protocol::agent_ttrpc::{Agent, create_agent};
 use katavm_protocol::{frame, ports};
+use katavm_runtime::cpuset::Cpuset;
 use katavm_runtime::pod::{Io, NewContainer, Phase, Pod, PodError};
 use katavm_runtime::process::stdio::Inherited;
 use katavm_runtime::sandbox::heartbeat::Beat;
@@ -249,7 +250,7 @@ fn run(setup: Setup, program: impl FnOnce(HashMap<i32, UnixStream>, &Guest) -> u
         let handle = || Arc::new(Handle(Arc::clone(&guest)));
         let sandbox = Arc::new(Sandbox::new(handle(), handle()).unwrap().with_beat(setup.beat));
         let ready = |_| Ok(Ready { kernel_release: "6.12".into(), ..Default::default() });
-        let (pod, ready) = Pod::prepare(&sandbox, None, FsShare::new(), None, ready, "").await.unwrap();
+        let (pod, ready) = Pod::prepare(&sandbox, None, FsShare::new(), None, false, ready, "").await.unwrap();
         assert_eq!(ready.kernel_release, "6.12");
         let new = NewContainer {
             id: "c1".into(),
@@ -263,6 +264,7 @@ fn run(setup: Setup, program: impl FnOnce(HashMap<i32, UnixStream>, &Guest) -> u
             journal,
             cgroup: None,
             limits: Some(Limits::default()),
+            cpuset: Cpuset::default(),
             is_first: true,
         };
         let lives = async {

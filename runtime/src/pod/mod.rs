@@ -1,6 +1,7 @@
 //! A pod: the containers that share one sandbox, and what is done to them while the sandbox lives.
 
 mod container;
+mod cpusets;
 mod disks;
 mod forward;
 mod io;
@@ -24,6 +25,7 @@ use katavm_vmm::MicrovmError;
 use oci_spec::runtime::LinuxResources;
 use tokio::sync::watch::Sender;
 
+use crate::cpuset::Cpuset;
 use crate::host::Cgroup;
 use crate::limits;
 use crate::link::Link;
@@ -38,6 +40,7 @@ use crate::sandbox::{Sandbox, SandboxError};
 use crate::state::{Journal, Status};
 pub use container::Container;
 use container::{Held, Seen};
+use cpusets::Cpusets;
 pub use disks::DiskError;
 use disks::Disks;
 pub use io::Io;
@@ -140,6 +143,8 @@ pub struct NewContainer {
     pub cgroup: Option<Cgroup>,
     /// What it may use, as far as the sandbox' size depends on it; nothing if it only holds a pod together.
     pub limits: Option<Limits>,
+    /// What of the host it names to run on.
+    pub cpuset: Cpuset,
     /// The sandbox was made for it: its state directory and control group are the sandbox' as well.
     pub is_first: bool,
 }
@@ -154,6 +159,8 @@ pub struct Pod {
     share: Share,
     /// How large it is.
     sizes: Sizes,
+    /// What of the host it runs on.
+    cpusets: Cpusets,
     /// What of the host was copied to the guest.
     volumes: Volumes,
     containers: Mutex<BTreeMap<String, Arc<Container>>>,
@@ -168,7 +175,8 @@ pub struct Pod {
 }
 
 impl Pod {
-    /// Waits for a sandbox that was started, and prepares its guest. `cgroup` holds the sandbox if its memory is limited.
+    /// Waits for a sandbox that was started, and prepares its guest. `cgroup` holds the sandbox, and its memory to
+    /// a limit if it `has_memory_limit`.
     ///
     /// # Errors
     /// Any [`PodError`].
@@ -177,6 +185,7 @@ impl Pod {
         network: Option<Network>,
         share: FsShare,
         cgroup: Option<Cgroup>,
+        has_memory_limit: bool,
         ready: impl FnOnce(Duration) -> std::io::Result<Ready> + Send + 'static,
         hostname: &str,
     ) -> Result<(Arc<Self>, Ready), PodError> {
@@ -186,9 +195,22 @@ impl Pod {
         let followed = AtomicBool::new(false);
         let (sandbox, share) = (Arc::clone(sandbox), Share::over(share));
         let volumes = Volumes::new(agent.clone());
-        let sizes = Sizes::new(&*sandbox.machine(), cgroup);
-        let pod =
-            Self { sandbox, agent, network, share, sizes, volumes, containers, retired, alive, watchers, followed };
+        let sizes = Sizes::new(&*sandbox.machine(), cgroup.clone().filter(|_| has_memory_limit));
+        let cpusets = Cpusets::new(cgroup);
+        let pod = Self {
+            sandbox,
+            agent,
+            network,
+            share,
+            sizes,
+            cpusets,
+            volumes,
+            containers,
+            retired,
+            alive,
+            watchers,
+            followed,
+        };
         pod.update_network().await?;
         Ok((Arc::new(pod), ready))
     }
@@ -224,24 +246,31 @@ impl Pod {
     /// # Errors
     /// Any [`PodError`]; nothing is left of it then.
     pub async fn create(self: &Arc<Self>, new: NewContainer) -> Result<Arc<Process>, PodError> {
+        if self.containers().contains_key(&new.id) {
+            return Err(PodError::Exists(format!("container {}", new.id)));
+        }
         if new.is_first {
-            // The sandbox was planned for it.
+            // The sandbox was planned for it, and is held to its cpuset.
+            self.cpusets.begin(&new.id, new.cpuset.clone()).await;
             return self.make(new).await;
         }
-        let (id, limits) = (new.id.clone(), new.limits);
-        let made = self.with_room(&id, limits, self.make(new)).await;
+        let (id, limits, cpuset) = (new.id.clone(), new.limits, new.cpuset.clone());
+        let made = async {
+            self.cpusets.join(&id, cpuset).await?;
+            self.make(new).await
+        };
+        let made = self.with_room(&id, limits, made).await;
         if made.is_err() {
+            self.cpusets.leave(&id).await;
             self.take_back();
         }
         made
     }
 
     async fn make(self: &Arc<Self>, new: NewContainer) -> Result<Arc<Process>, PodError> {
-        let NewContainer { id, spec, exports, tmpfs, replaced, disks, io, link, journal, cgroup, limits, is_first } =
-            new;
-        if self.containers().contains_key(&id) {
-            return Err(PodError::Exists(format!("container {id}")));
-        }
+        let NewContainer {
+            id, spec, exports, tmpfs, replaced, disks, io, link, journal, cgroup, limits, is_first, ..
+        } = new;
         let (exports, copies) = (self.share.add(&exports)?, self.volumes.add(&replaced).await?);
         let (spec, disks) = Disks::attach(&self.sandbox, &self.agent, &id, &disks, spec).await?;
         let seen = Seen { exports, copies, disks };
@@ -285,6 +314,9 @@ impl Pod {
         tokio::spawn(async move {
             container.follow().await;
             pod.alive.send_modify(|alive| *alive -= 1);
+            if !pod.sandbox.has_ended() {
+                pod.cpusets.leave(container.id()).await;
+            }
             pod.take_back();
         });
         Ok(process)
@@ -449,7 +481,9 @@ impl Pod {
         let invalid = |error: serde_json::Error| PodError::State(format!("the resources: {error}"));
         let mut resources: LinuxResources = serde_json::from_slice(resources).map_err(invalid)?;
         let limits = container.limits().map(|limits| limits.updated(&resources));
+        let cpuset = Cpuset::take(&mut resources);
         let updated = async {
+            self.cpusets.update(container_id, cpuset).await?;
             container.limit_on_host(&resources).await?;
             limits::keep_guests(&mut resources);
             let resources = serde_json::to_vec(&resources).map_err(invalid)?;

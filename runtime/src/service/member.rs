@@ -2,6 +2,7 @@
 
 use super::{ShortPath, share};
 use crate::config::Bundle;
+use crate::cpuset::Cpuset;
 use crate::link::Link;
 use crate::membership::shared_namespaces;
 use crate::pod::{Io, NewContainer};
@@ -26,6 +27,8 @@ pub fn member(
     let shared = shared_namespaces(state.root(), &record.id, &bundle.spec, Some(record.sandbox_pid))?;
     let plan = Plan::new(&record.id, bundle, SizeOptions::default(), &shared)?;
     share(directory, state.path())?;
+    let resources = bundle.spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    let cpuset = resources.map(Cpuset::of).unwrap_or_default();
     Ok(NewContainer {
         id: record.id.to_string(),
         spec: plan.guest_spec,
@@ -38,6 +41,7 @@ pub fn member(
         journal: Journal::new(state, record),
         cgroup: None,
         limits: Some(plan.limits),
+        cpuset,
         is_first: false,
     })
 }

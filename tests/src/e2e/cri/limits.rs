@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 use protobuf::MessageField;
 use serde_json::json;
 
-use super::node::{DEFAULT_MIB, until};
+use super::node::{DEFAULT_MIB, Node, until};
 use super::{Context, Pod, Verdict, on_node};
 use crate::cri::messages::UInt64Value;
 
@@ -62,6 +62,7 @@ pub fn update(context: &Context) -> Result<Verdict> {
         ensure!(after == format!("{}\n20000 100000", 96 << 20), "{after:?}");
         let told = node.cri.container_status(&id)?.resources.unwrap_or_default().linux.unwrap_or_default();
         ensure!(told.memory_limit_in_bytes == 96 << 20 && told.cpu_quota == 20_000, "{told:?}");
+        cpusets(node, &pod, &id)?;
         let killed = pod.start("killed", &["sh", "-c", "x=$(head -c 200000000 /dev/zero | tr '\\0' x)"], |config| {
             config["linux"]["resources"] = json!({ "memory_limit_in_bytes": 32 << 20 });
         })?;
@@ -69,6 +70,27 @@ pub fn update(context: &Context) -> Result<Verdict> {
         ensure!(ended.reason == "OOMKilled" && ended.exit_code != 0, "{ended:?}");
         pod.remove()
     })
+}
+
+/// As a kubelet with the static policy of its CPU manager does it: the sandbox runs on what its containers name.
+fn cpusets(node: &Node, pod: &Pod<'_>, id: &str) -> Result<()> {
+    let group = std::path::Path::new("/sys/fs/cgroup/kubepods/update").join(&pod.id);
+    let expect = |wanted: &str| {
+        let cpus = std::fs::read_to_string(group.join("cpuset.cpus"))?;
+        ensure!(cpus.trim() == wanted, "{cpus:?} instead of {wanted:?}");
+        Ok(())
+    };
+    node.cri.update_container(id, &json!({ "cpuset_cpus": "1" }))?;
+    expect("1")?;
+    let other = pod.start("other", &["sleep", "100000"], |config| {
+        config["linux"]["resources"] = json!({ "cpuset_cpus": "0" });
+    })?;
+    expect("0-1")?;
+    let refused = node.cri.update_container(&other, &json!({ "cpuset_cpus": "4096" }));
+    ensure!(refused.is_err(), "there is a CPU 4096");
+    expect("0-1")?;
+    node.cri.stop_container(&other, 0)?;
+    until("the CPUs of a container that has ended stay", || Ok(expect("1").is_ok()))
 }
 
 pub fn stats(context: &Context) -> Result<Verdict> {

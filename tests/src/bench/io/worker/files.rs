@@ -13,6 +13,8 @@ pub const TAG: &str = "bench";
 /// The folder of it that everything is in.
 pub const FOLDER: &str = "files";
 const MOUNT_POINT: &str = "/share";
+/// Where the folder is worked on, mounted once more: so paths begin in it, as those of a container begin in its root.
+const WORK: &str = "/work";
 /// Bytes of a small file.
 const SMALL: usize = 4 << 10;
 /// Bytes of one read(2) or write(2) of a large one.
@@ -66,13 +68,15 @@ fn small(root: &Path, work: Files, index: usize) -> PathBuf {
     root.join(format!("{work:?}-{}", index / IN_A_FOLDER)).join(format!("file-{index}"))
 }
 
-/// Mounts the share.
+/// Mounts the share and its folder.
 ///
 /// # Errors
 /// Those of mount(2).
 pub fn set_up() -> Result<()> {
     fs::create_dir(MOUNT_POINT)?;
     mount(Some(TAG), MOUNT_POINT, Some("virtiofs"), MsFlags::empty(), None::<&str>)?;
+    fs::create_dir(WORK)?;
+    mount(Some(&Path::new(MOUNT_POINT).join(FOLDER)), WORK, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
     Ok(())
 }
 
@@ -81,19 +85,19 @@ pub fn set_up() -> Result<()> {
 /// # Errors
 /// When a system call fails, or is not what the host has put there.
 pub fn run(work: Files, count: usize) -> Result<()> {
-    let root = Path::new(MOUNT_POINT).join(FOLDER);
+    let root = Path::new(WORK);
     let made = |index: usize| root.join("new").join(format!("file-{index}"));
     match work {
         Files::Look => each(count, |index| {
-            ensure!(stat(&small(&root, work, index))?.st_size == SMALL as i64, "another length");
+            ensure!(stat(&small(root, work, index))?.st_size == SMALL as i64, "another length");
             Ok(())
         }),
         Files::LookAtBirth => each(count, |index| {
-            ensure!(fs::metadata(small(&root, work, index))?.len() == SMALL as u64, "another length");
+            ensure!(fs::metadata(small(root, work, index))?.len() == SMALL as u64, "another length");
             Ok(())
         }),
         Files::Read => each(count, |index| {
-            ensure!(fs::read(small(&root, work, index))?.len() == SMALL, "another length");
+            ensure!(fs::read(small(root, work, index))?.len() == SMALL, "another length");
             Ok(())
         }),
         Files::OpenAgain => each(count, |_| {
@@ -103,7 +107,7 @@ pub fn run(work: Files, count: usize) -> Result<()> {
         Files::List => {
             let mut seen = 0;
             for folder in 0..count / IN_A_FOLDER {
-                let path = small(&root, work, folder * IN_A_FOLDER);
+                let path = small(root, work, folder * IN_A_FOLDER);
                 for entry in fs::read_dir(path.parent().context("a file without a folder")?)? {
                     seen += usize::from(stat(&entry?.path())?.st_size == SMALL as i64);
                 }
