@@ -126,6 +126,18 @@ impl Container {
         self.execs().get(exec_id).cloned().flatten().ok_or_else(none)
     }
 
+    /// The exec id of the further process with this pid in the guest.
+    #[must_use]
+    pub fn exec_id(&self, guest_pid: u32) -> Option<String> {
+        let execs = self.execs();
+        // The pids of those that have ended may be others' by now.
+        let is_it = |process: &Process| process.guest_pid() == guest_pid && !process.has_exited();
+        execs
+            .iter()
+            .find(|(_, process)| process.as_ref().is_some_and(|process| is_it(process)))
+            .map(|(id, _)| id.clone())
+    }
+
     /// Takes an exec id for a process that is to be made.
     pub(super) fn claim(self: &Arc<Self>, exec_id: &str) -> Result<Claim, PodError> {
         match self.execs().entry(exec_id.into()) {

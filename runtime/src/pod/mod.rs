@@ -288,13 +288,16 @@ impl Pod {
             stdio: Some(io.wanted()).into(),
             ..Default::default()
         };
-        if let Err(error) = self.agent.create_container(&request).await {
-            // What was shared with it and copied for it is there still.
-            self.give_up(&id, seen).await;
-            return Err(error.into());
-        }
+        let guest_pid = match self.agent.create_container(&request).await {
+            Ok(guest_pid) => guest_pid,
+            Err(error) => {
+                // What was shared with it and copied for it is there still.
+                self.give_up(&id, seen).await;
+                return Err(error.into());
+            }
+        };
         let connected = async {
-            let process = Process::connect(&self.sandbox, &self.agent, &id, "", io, link).await?;
+            let process = Process::connect(&self.sandbox, &self.agent, &id, "", guest_pid, io, link).await?;
             process.settle_stand_in().await?;
             Ok::<_, PodError>(process)
         };
@@ -353,8 +356,8 @@ impl Pod {
             stdio: Some(io.wanted()).into(),
             ..Default::default()
         };
-        self.agent.create_exec(&request).await?;
-        let process = Process::connect(&self.sandbox, &self.agent, container_id, exec_id, io, link).await?;
+        let guest_pid = self.agent.create_exec(&request).await?;
+        let process = Process::connect(&self.sandbox, &self.agent, container_id, exec_id, guest_pid, io, link).await?;
         claim.keep(&process);
         Ok(process)
     }

@@ -36,6 +36,7 @@ pub enum Phase {
 pub struct Process {
     container_id: String,
     exec_id: String,
+    guest_pid: u32,
     agent: Agent,
     io: Io,
     phase: watch::Sender<Phase>,
@@ -63,6 +64,7 @@ impl Process {
         agent: &Agent,
         container_id: &str,
         exec_id: &str,
+        guest_pid: u32,
         io: Io,
         link: Option<Link>,
     ) -> Result<Arc<Self>, PodError> {
@@ -75,6 +77,7 @@ impl Process {
         Ok(Arc::new(Self {
             container_id: container_id.into(),
             exec_id: exec_id.into(),
+            guest_pid,
             agent: agent.clone(),
             io,
             phase: watch::Sender::new(Phase::Created),
@@ -88,6 +91,12 @@ impl Process {
             stops,
             given_up: watch::Sender::new(false),
         }))
+    }
+
+    /// Its pid in the guest's first pid namespace.
+    #[must_use]
+    pub fn guest_pid(&self) -> u32 {
+        self.guest_pid
     }
 
     /// How far it is now.

@@ -159,22 +159,20 @@ impl Agent {
         Ok(())
     }
 
-    /// Makes a container whose process waits to be started.
+    /// Makes a container whose process waits to be started; its pid in the guest.
     ///
     /// # Errors
     /// Any [`AgentError`].
-    pub async fn create_container(&self, request: &CreateContainerRequest) -> Result<(), AgentError> {
-        within(PATIENCE, self.client.create_container(deadline(PATIENCE), request)).await?;
-        Ok(())
+    pub async fn create_container(&self, request: &CreateContainerRequest) -> Result<u32, AgentError> {
+        Ok(within(PATIENCE, self.client.create_container(deadline(PATIENCE), request)).await?.pid)
     }
 
-    /// Makes a further process, which waits to be started.
+    /// Makes a further process, which waits to be started; its pid in the guest.
     ///
     /// # Errors
     /// Any [`AgentError`].
-    pub async fn create_exec(&self, request: &CreateExecRequest) -> Result<(), AgentError> {
-        within(PATIENCE, self.client.create_exec(deadline(PATIENCE), request)).await?;
-        Ok(())
+    pub async fn create_exec(&self, request: &CreateExecRequest) -> Result<u32, AgentError> {
+        Ok(within(PATIENCE, self.client.create_exec(deadline(PATIENCE), request)).await?.pid)
     }
 
     /// Copies a volume to the guest, or makes the copy what the volume is now.

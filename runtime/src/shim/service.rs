@@ -5,12 +5,13 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use containerd_shim_protos::api::{
-    CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse, DeleteRequest,
-    DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest, PidsRequest, PidsResponse, ProcessInfo,
-    ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest, StateResponse,
-    StatsRequest, StatsResponse, UpdateTaskRequest, WaitRequest, WaitResponse,
+    CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse,
+    DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest, PidsRequest, PidsResponse,
+    ProcessInfo, ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest,
+    StateResponse, StatsRequest, StatsResponse, UpdateTaskRequest, WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::events::task::{TaskPaused, TaskResumed};
+use containerd_shim_protos::shim::oci::ProcessDetails;
 use containerd_shim_protos::shim_async::Task;
 use containerd_shim_protos::topics;
 use protobuf::MessageField;
@@ -97,15 +98,18 @@ impl Task for ShimService {
 
     async fn pids(&self, context: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
         let served = self.served(&request.id)?;
-        let pid = served.pod.container(&request.id).map_err(refusal)?.record().pid;
+        let container = served.pod.container(&request.id).map_err(refusal)?;
         let mut pids = served.tasks.pids(context, request).await.unwrap_or_default();
         for process in &mut pids.processes {
-            // Of a type that containerd's clients do not know.
-            process.info = MessageField::none();
+            // Ours is of a type that containerd's clients do not know. runc's shim tells which of them are execs.
+            let details =
+                container.exec_id(process.pid).map(|exec_id| ProcessDetails { exec_id, ..Default::default() });
+            let info = details.map(|details| packed(&details)).transpose();
+            process.info = info.map_err(|error| ttrpc::Error::Others(error.to_string()))?.into();
         }
         if pids.processes.is_empty() {
             // containerd takes a container without processes for one that is lost.
-            pids.processes.push(ProcessInfo { pid, ..Default::default() });
+            pids.processes.push(ProcessInfo { pid: container.record().pid, ..Default::default() });
         }
         Ok(pids)
     }
@@ -136,6 +140,11 @@ impl Task for ShimService {
         let event = TaskResumed { container_id, ..Default::default() };
         self.containers.events().publish(topics::TASK_RESUMED_EVENT_TOPIC, &event);
         Ok(done)
+    }
+
+    async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
+        let reason = "checkpoints of containers are not implemented".to_owned();
+        Err(ttrpc::Error::RpcStatus(get_status(Code::UNIMPLEMENTED, reason)))
     }
 
     async fn resize_pty(&self, context: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {

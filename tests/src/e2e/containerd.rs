@@ -111,8 +111,10 @@ fn container<const V: usize>(context: &Context) -> Result<Verdict> {
          echo typed | ctr task exec --exec-id e1 c2 cat
          ctr task exec --exec-id e2 c2 sh -c 'exit 4' </dev/null || echo code $?
          python3 -c 'import pty; pty.spawn([\"ctr\", \"task\", \"exec\", \"-t\", \"--exec-id\", \"e3\", \"c2\", \"sh\", \"-c\", \"test -t 0 && echo on a terminal\"])' </dev/null | grep -o 'on a terminal' # ctr may tell that it came too late to set the size
-         ctr task ps c2 | awk 'NR > 1 && $1 > 1' | wc -l | sed 's/^[1-9]/some/'
+         ctr task exec -d --exec-id e4 c2 sleep 1000 </dev/null
+         ctr task ps c2 | awk 'NR > 1 && $1 > 1' | wc -l | sed 's/^[1-9]/some/'; ctr task ps c2 | grep -o 'e4'
          ctr task pause c2; status c2; ctr task resume c2; status c2
+         ctr task checkpoint c2 2>&1 | grep -o 'checkpoints of containers are not implemented'; status c2
          ctr task metrics c2 | grep -c memory.usage_limit
          katavm --root /run/katavm-containerd/default exec c2 hostname
          ctr task kill c2; until [ $(status c2) = STOPPED ]; do sleep 0.1; done; ctr task rm c2 2>&1 | grep -o 'exit code 3'
@@ -134,7 +136,10 @@ fn container<const V: usize>(context: &Context) -> Result<Verdict> {
         "code 4",
         "on a terminal",
         "some",
+        "e4",
         "PAUSED",
+        "RUNNING",
+        "checkpoints of containers are not implemented",
         "RUNNING",
         "1",
         "katavm",

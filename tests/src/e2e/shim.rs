@@ -20,6 +20,7 @@ pub const CASES: Table = (
         ("delete_ends_a_container_of_a_living_server_in_time", delete),
         ("a_client_may_go_away_at_any_moment", impatient),
         ("output_is_whole_though_containerd_is_killed", output::<32>),
+        ("a_program_of_the_host_takes_the_output", logger),
     ],
 );
 
@@ -63,6 +64,23 @@ fn last_words(context: &Context) -> Result<Verdict> {
          server; until [ \"$(status c1)\" = STOPPED ]; do sleep 0.2; done
          ctr task rm c1 2>&1 | grep -o 'exit code 6'; ctr container rm c1; gone";
     clean(context, text, &["whole", "exit code 6"])
+}
+
+/// A logger of `binary://`, and one that is none.
+fn logger(context: &Context) -> Result<Verdict> {
+    let text = "cat >logger <<'END'
+#!/bin/sh
+PATH=/usr/bin:/bin
+exec 5>&-
+{ echo $CONTAINER_NAMESPACE $CONTAINER_ID; cat <&3; cat <&4; } >$2
+END
+         chmod 755 logger
+         run -d --log-uri \"binary://$PWD/logger?to=$PWD/log\" $image c1 sh -c 'echo err >&2; seq 200000; exit 8' </dev/null
+         until [ $(status c1) = STOPPED ]; do sleep 0.2; done; ctr task rm c1 2>&1 | grep -o 'exit code 8'; ctr container rm c1
+         cmp log <(echo default c1; seq 200000; echo err) && echo whole; pgrep -f $PWD/logger || echo ended
+         run -d --log-uri binary://$PWD/nosuch $image c2 true </dev/null 2>&1 | grep -o 'nosuch: No such file or directory'
+         ctr container rm c2 >p 2>&1 || true; gone";
+    clean(context, text, &["exit code 8", "whole", "ended", "nosuch: No such file or directory"])
 }
 
 fn first_goes(context: &Context) -> Result<Verdict> {
