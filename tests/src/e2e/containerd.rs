@@ -118,7 +118,10 @@ fn container<const V: usize>(context: &Context) -> Result<Verdict> {
          ctr task metrics c2 | grep -c memory.usage_limit
          katavm --root /run/katavm-containerd/default exec c2 hostname
          ctr task kill c2; until [ $(status c2) = STOPPED ]; do sleep 0.1; done; ctr task rm c2 2>&1 | grep -o 'exit code 3'
-         ctr container rm c2; gone",
+         run -d $image c3 sh -c 'until [ -e /go ]; do sleep 0.1; done; echo for whom it attaches; exit 9' </dev/null
+         ctr task attach c3 </dev/null >attached & client=$!
+         ctr task exec --exec-id e1 c3 touch /go </dev/null; wait $client || echo code $?; cat attached
+         ctr task rm c3 >p 2>&1 || true; ctr container rm c2 c3; gone",
     )?;
     let kernel = context.kernel_release()?;
     let lines: Vec<_> = output.lines().collect();
@@ -144,6 +147,8 @@ fn container<const V: usize>(context: &Context) -> Result<Verdict> {
         "1",
         "katavm",
         "exit code 3",
+        "code 9",
+        "for whom it attaches",
     ];
     expect(&output, &expected)?;
     traces.expect_nothing_of_katavm()?;
