@@ -83,7 +83,7 @@ test-e2e *cases: build guest-image
     }
     # Each boot of the lab is a machine of its own, two at a time; a host that runs guests itself is one for all.
     if "{{ bin }}/katavm" check >/dev/null 2>&1; then lanes=1; else lanes=2; fi
-    for name in engines plain containerd systemd; do
+    for name in plain engines containerd cri systemd; do
         [ -n "$(cases $name "$@")" ] || continue
         while [ "$(jobs -pr | wc -l)" -ge $lanes ]; do wait -n; done
         boot $name "$@" &

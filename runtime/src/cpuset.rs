@@ -1,6 +1,12 @@
 //! The host's CPUs and memory nodes that containers are held to.
 
+use std::path::Path;
+use std::{fs, io};
+
 use oci_spec::runtime::{LinuxCpu, LinuxResources};
+
+/// The root of cgroup v2.
+const ROOT: &str = "/sys/fs/cgroup";
 
 /// Lists of CPUs and of memory nodes, as `linux.resources.cpu` and cpuset(7) have them: `0-2,7`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -50,11 +56,24 @@ impl Cpuset {
         })
     }
 
-    /// As limits of a control group.
+    /// All that the host has (`cpuset.cpus.effective` and `cpuset.mems.effective` of its root).
+    ///
+    /// # Errors
+    /// Without cgroup v2.
+    pub fn of_host() -> io::Result<Self> {
+        let list = |name: &str| Ok::<_, io::Error>(fs::read_to_string(Path::new(ROOT).join(name))?.trim().to_owned());
+        Ok(Self { cpus: Some(list("cpuset.cpus.effective")?), mems: Some(list("cpuset.mems.effective")?) })
+    }
+
+    /// As limits of a control group that has been held to `before`: a list that is not named any more becomes that of `all`,
+    /// as a group with processes takes no empty one.
     #[must_use]
-    pub fn resources(&self) -> LinuxResources {
+    pub fn instead_of(&self, before: &Self, all: &Self) -> LinuxResources {
         let (mut resources, mut cpu) = (LinuxResources::default(), LinuxCpu::default());
-        cpu.set_cpus(self.cpus.clone()).set_mems(self.mems.clone());
+        let list = |now: &Option<String>, before: &Option<String>, all: &Option<String>| {
+            now.clone().or_else(|| before.as_ref().and(all.clone()))
+        };
+        cpu.set_cpus(list(&self.cpus, &before.cpus, &all.cpus)).set_mems(list(&self.mems, &before.mems, &all.mems));
         resources.set_cpu(Some(cpu));
         resources
     }
@@ -77,7 +96,11 @@ mod tests {
     #[test]
     fn it_is_taken_out() {
         let mut both = resources(json!({ "cpus": "0-1", "mems": "0", "shares": 7 }));
-        assert_eq!(Cpuset::take(&mut both).resources(), resources(json!({ "cpus": "0-1", "mems": "0" })));
+        let none = Cpuset::default();
+        assert_eq!(
+            Cpuset::take(&mut both).instead_of(&none, &set("0-9")),
+            resources(json!({ "cpus": "0-1", "mems": "0" }))
+        );
         assert_eq!(both, resources(json!({ "shares": 7 })));
         assert!(set("").is_empty() && Cpuset::of(&LinuxResources::default()).is_empty());
     }
@@ -86,6 +109,13 @@ mod tests {
     fn what_is_not_named_stays() {
         assert_eq!(set("3").updated(Cpuset::default()), set("3"));
         assert_eq!(set("3").updated(set("1")), set("1"));
+    }
+
+    #[test]
+    fn what_is_named_no_more_becomes_all() {
+        let all = set("0-9");
+        assert_eq!(Cpuset::default().instead_of(&set("3"), &all), resources(json!({ "cpus": "0-9" })));
+        assert_eq!(set("1").instead_of(&set("3"), &all), resources(json!({ "cpus": "1" })));
     }
 
     #[test]

@@ -222,7 +222,7 @@ impl Launch {
         memory_limit(&self.bundle.spec).is_some()
     }
 
-    /// What of the host the sandbox was held to when it entered the control group.
+    /// What of the host the sandbox is held to when it enters the control group.
     #[must_use]
     pub fn cpuset(&self) -> Cpuset {
         sandbox_resources(&self.bundle.spec).map(|resources| Cpuset::of(&resources)).unwrap_or_default()
@@ -329,7 +329,7 @@ fn is_usable(cgroup: &Cgroup) -> bool {
 /// Warns of limits that hold on the host alone, where no control group of the container holds a virtual machine.
 fn warn_of_limits(bundle: &Bundle, is_member: bool, has_cgroup: bool) {
     let Some(mut resources) = bundle.spec.linux().as_ref().and_then(|linux| linux.resources().clone()) else { return };
-    if is_member {
+    if is_member && has_cgroup {
         // The pod sees to these.
         Cpuset::take(&mut resources);
     }

@@ -43,7 +43,7 @@ fn apt_get(args: &[&str]) -> Result<()> {
     if !root {
         command.args(["env", "DEBIAN_FRONTEND=noninteractive", "apt-get"]);
     }
-    // A machine that has just started may be at its own updates.
+    // A machine that has just started may be installing its own updates.
     command.args(["-o", "DPkg::Lock::Timeout=600"]);
     // apt-get's chatter goes to stderr: stdout belongs to the caller's own result.
     let status = command

@@ -1,14 +1,16 @@
 //! The host's CPUs and memory nodes that a sandbox is held to: what any of its containers names. One that names none is
-//! held to those of the others; when none names any more the sandbox keeps what it has.
+//! held to those of the others; when none names any, the sandbox is held to none.
 
 use std::collections::BTreeMap;
+use std::io;
 
 use tokio::sync::Mutex;
 
-use super::PodError;
+use super::{Container, PodError};
 use crate::cpuset::Cpuset;
-use crate::host::Cgroup;
+use crate::host::{self, Cgroup};
 use crate::sandbox::blocking;
+use crate::state::Status;
 
 /// What a sandbox is held to.
 pub(super) struct Cpusets {
@@ -31,19 +33,26 @@ impl Cpusets {
     /// Has the sandbox held to what container `id`, which is to join, names as well.
     ///
     /// # Errors
-    /// When the control group refuses.
+    /// When the control group refuses, unless it is an ordinary user's, who may have got a group but not each controller.
     pub async fn join(&self, id: &str, cpuset: Cpuset) -> Result<(), PodError> {
         if self.cgroup.is_none() && !cpuset.is_empty() {
             log::warn!("container {id}: linux.resources.cpu.cpus and mems are not honoured: {NO_GROUP}");
         }
-        self.change(id, cpuset).await
+        match self.change(&mut *self.named.lock().await, id, cpuset).await {
+            Err(error) if !host::is_root_of_host() => {
+                log::warn!("{error}");
+                Ok(())
+            }
+            joined => joined,
+        }
     }
 
-    /// Changes what container `id` names.
+    /// Changes what a container names, unless it has ended.
     ///
     /// # Errors
     /// When there is no control group, or when it refuses.
-    pub async fn update(&self, id: &str, change: Cpuset) -> Result<(), PodError> {
+    pub async fn update(&self, container: &Container, change: Cpuset) -> Result<(), PodError> {
+        let id = container.id();
         if change.is_empty() {
             return Ok(());
         }
@@ -51,33 +60,44 @@ impl Cpusets {
             let reason = format!("linux.resources.cpu.cpus and mems of container {id} cannot be changed: {NO_GROUP}");
             return Err(PodError::State(reason));
         }
-        let before = self.named.lock().await.get(id).cloned().unwrap_or_default();
-        self.change(id, before.updated(change)).await
+        let mut named = self.named.lock().await;
+        if container.status() == Status::Stopped {
+            return Ok(());
+        }
+        let before = named.get(id).cloned().unwrap_or_default();
+        self.change(&mut named, id, before.updated(change)).await
     }
 
-    /// Container `id` has ended.
+    /// Container `id` has ended, or could not be made.
     pub async fn leave(&self, id: &str) {
-        if let Err(error) = self.change(id, Cpuset::default()).await {
-            log::warn!("the sandbox keeps the CPUs of container {id}, which has ended: {error}");
+        let left = self.change(&mut *self.named.lock().await, id, Cpuset::default()).await;
+        if let Err(error) = left {
+            // The group may go with its last container.
+            log::info!("the sandbox keeps the CPUs of container {id}: {error}");
         }
     }
 
-    async fn change(&self, id: &str, cpuset: Cpuset) -> Result<(), PodError> {
-        let mut named = self.named.lock().await;
+    async fn change(&self, named: &mut BTreeMap<String, Cpuset>, id: &str, cpuset: Cpuset) -> Result<(), PodError> {
         let mut changed = named.clone();
         changed.insert(id.into(), cpuset);
-        changed.retain(|_, cpuset| !cpuset.is_empty());
         let union = |all: &BTreeMap<_, Cpuset>| Cpuset::union(all.values().cloned());
-        let wanted = union(&changed);
-        if let Some(cgroup) = self.cgroup.clone()
-            && !wanted.is_empty()
-            && wanted != union(&named)
+        let (before, wanted) = (union(named), union(&changed));
+        if wanted != before
+            && let Err(error) = self.limit(&before, &wanted).await
         {
-            let limited = blocking(move || cgroup.limit(&wanted.resources())).await;
-            limited.map_err(|error| PodError::State(error.to_string()))?;
+            // One list may have been taken and the other not.
+            let _ = self.limit(&wanted, &before).await;
+            return Err(PodError::State(error.to_string()));
         }
+        changed.retain(|_, cpuset| !cpuset.is_empty());
         *named = changed;
         Ok(())
+    }
+
+    async fn limit(&self, from: &Cpuset, to: &Cpuset) -> io::Result<()> {
+        let Some(cgroup) = self.cgroup.clone() else { return Ok(()) };
+        let (from, to) = (from.clone(), to.clone());
+        blocking(move || cgroup.limit(&to.instead_of(&from, &Cpuset::of_host()?))).await
     }
 }
 

@@ -486,8 +486,8 @@ impl Pod {
         let limits = container.limits().map(|limits| limits.updated(&resources));
         let cpuset = Cpuset::take(&mut resources);
         let updated = async {
-            self.cpusets.update(container_id, cpuset).await?;
             container.limit_on_host(&resources).await?;
+            self.cpusets.update(&container, cpuset).await?;
             limits::keep_guests(&mut resources);
             let resources = serde_json::to_vec(&resources).map_err(invalid)?;
             self.agent.update_container(container_id, resources).await?;

@@ -41,7 +41,7 @@ fn main() -> Result<ExitCode> {
         return Ok(code);
     }
     let Cli { boot, long, list, after, limit, filters } = Cli::parse();
-    let boots = boot.map_or_else(|| vec![Boot::Plain, Boot::Engines, Boot::Containerd], |boot| vec![boot]);
+    let boots = boot.map_or_else(|| vec![Boot::Plain, Boot::Engines, Boot::Containerd, Boot::Cri], |boot| vec![boot]);
     let mut cases: Vec<_> = boots.into_iter().flat_map(|boot| e2e::cases(boot, long)).collect();
     if let Some(after) = after {
         let last = cases.iter().position(|case| case.full_name() == after);

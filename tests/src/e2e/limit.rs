@@ -62,7 +62,9 @@ pub struct Look {
 /// When there can be no further thread.
 pub fn look(time: Duration) -> Result<Look> {
     let (ended, end) = channel::<()>();
-    let late = move || (end.recv_timeout(time) == Err(RecvTimeoutError::Timeout)).then(|| threads().join("\n"));
+    let late = move || {
+        (end.recv_timeout(time) == Err(RecvTimeoutError::Timeout)).then(|| [threads(), commands()].concat().join("\n"))
+    };
     Ok(Look { ended, taken: thread::Builder::new().name("look".into()).spawn(late)? })
 }
 
@@ -75,8 +77,19 @@ impl Look {
     }
 }
 
-/// Process, thread, state and place in the kernel of each thread of ours and of the engines', and how each process was
-/// started. Some end in the meantime.
+/// How each process was started. Not for one that must not wait: the kernel may make it wait for the process.
+fn commands() -> Vec<String> {
+    let pids = listing(Path::new("/proc")).into_iter().filter(|name| name.parse::<u32>().is_ok());
+    pids.filter_map(|pid| {
+        let command =
+            fs::read(Path::new("/proc").join(&pid).join("cmdline")).ok().filter(|command| !command.is_empty())?;
+        let command = String::from_utf8_lossy(&command).replace('\0', " ");
+        Some(format!("  {pid}: {}", command.chars().take(COMMAND_LENGTH).collect::<String>()))
+    })
+    .collect()
+}
+
+/// Process, thread, state and place in the kernel of each thread of ours and of the engines'. Some end in the meantime.
 fn threads() -> Vec<String> {
     let mut lines = Vec::new();
     for pid in listing(Path::new("/proc")).iter().filter_map(|name| name.parse::<u32>().ok()) {
@@ -86,8 +99,6 @@ fn threads() -> Vec<String> {
             // The kernel's own.
             continue;
         }
-        let command = text(&process.join("cmdline")).replace('\0', " ");
-        lines.push(format!("{pid}: {}", command.chars().take(COMMAND_LENGTH).collect::<String>()));
         let tasks = process.join("task");
         for thread in listing(&tasks).iter().map(|name| tasks.join(name)) {
             let stat = text(&thread.join("stat"));

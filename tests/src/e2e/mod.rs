@@ -88,7 +88,7 @@ impl Case {
     }
 }
 
-/// Cases are run in four boots of the lab, which may run beside each other.
+/// Cases are run in five boots of the lab, which may run beside each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Boot {
     /// katavm by itself.
@@ -97,6 +97,8 @@ pub enum Boot {
     Engines,
     /// katavm's shim under containerd.
     Containerd,
+    /// Pods as a kubelet has containerd run them.
+    Cri,
     /// What takes systemd as PID 1.
     Systemd,
 }
@@ -126,6 +128,7 @@ pub fn cases(boot: Boot, long: bool) -> Vec<Case> {
         Boot::Engines => &[ENGINES],
         Boot::Containerd if long => &[&[shim::LONG, block_root::LONG], &containerd::LONG, CONTAINERD],
         Boot::Containerd => &[CONTAINERD],
+        Boot::Cri => &[&[cri::CASES, cri::SANDBOXER]],
         Boot::Systemd => &[&[systemd::CASES]],
     };
     tables.iter().copied().flatten().flat_map(rows).collect()
@@ -164,8 +167,6 @@ const CONTAINERD: &[Table] = &[
     block_root::CASES,
     block_root::OWN,
     shim::CASES,
-    cri::CASES,
-    cri::SANDBOXER,
 ];
 
 fn rows((group, rows): &'static Table) -> impl Iterator<Item = Case> {

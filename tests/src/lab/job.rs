@@ -80,7 +80,7 @@ pub struct Machine {
 impl Machine {
     /// The CPUs that it gets.
     #[must_use]
-    pub fn cpus(&self) -> u32 {
+    pub fn cpu_count(&self) -> u32 {
         if self.counting { 1 } else { self.cpus }
     }
 }

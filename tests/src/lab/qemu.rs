@@ -103,7 +103,7 @@ fn machine_arguments(machine: &Machine) -> Vec<OsString> {
     arguments.extend(["-cpu".into(), "max,+svm,+npt,-la57".into()]);
     // All CPUs on one thread, in turns: with a thread for each, QEMU loses interrupts and runs stale code (docs/lab.md).
     arguments.extend(["-accel".into(), "tcg,thread=single,tb-size=1024".into()]);
-    arguments.extend(["-smp".into(), machine.cpus().to_string()]);
+    arguments.extend(["-smp".into(), machine.cpu_count().to_string()]);
     if machine.counting {
         arguments.extend(["-icount".into(), "shift=0,sleep=off".into()]);
     }

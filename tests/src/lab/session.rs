@@ -206,7 +206,7 @@ impl Session<'_> {
                 }
                 Err(_) if Instant::now() >= deadline => return Ok(End::TimedOut(self.machine.limit)),
                 Err(_) => {
-                    let state = monitor::look(&self.monitor, self.machine.cpus());
+                    let state = monitor::look(&self.monitor, self.machine.cpu_count());
                     return failed(&format!("the machine hangs: silent for {} s\n{state}", SILENCE_LIMIT.as_secs()));
                 }
             }

@@ -80,17 +80,25 @@ fn cpusets(node: &Node, pod: &Pod<'_>, id: &str) -> Result<()> {
         ensure!(cpus.trim() == wanted, "{cpus:?} instead of {wanted:?}");
         Ok(())
     };
+    let start = |name: &str, program: &[&str]| {
+        pod.start(name, program, |config| config["linux"]["resources"] = json!({ "cpuset_cpus": "0" }))
+    };
+    let ends = |wanted: &str| until("the CPUs of a container that has ended stay", || Ok(expect(wanted).is_ok()));
+    let only = start("only", &["sleep", "100000"])?;
+    expect("0")?;
+    node.cri.stop_container(&only, 0)?;
+    ends("0-1")?;
     node.cri.update_container(id, &json!({ "cpuset_cpus": "1" }))?;
     expect("1")?;
-    let other = pod.start("other", &["sleep", "100000"], |config| {
-        config["linux"]["resources"] = json!({ "cpuset_cpus": "0" });
-    })?;
+    let other = start("other", &["sleep", "100000"])?;
     expect("0-1")?;
     let refused = node.cri.update_container(&other, &json!({ "cpuset_cpus": "4096" }));
     ensure!(refused.is_err(), "there is a CPU 4096");
     expect("0-1")?;
     node.cri.stop_container(&other, 0)?;
-    until("the CPUs of a container that has ended stay", || Ok(expect("1").is_ok()))
+    ends("1")?;
+    ensure!(start("failing", &["/nosuch"]).is_err(), "there is a program /nosuch");
+    ends("1")
 }
 
 pub fn stats(context: &Context) -> Result<Verdict> {
