@@ -30,10 +30,10 @@ fn ask_all(stream: &UnixStream, cpus: u32, told: &mut String) -> Result<()> {
             monitor.ask(&json!({ "execute": "stop" })).context("the CPUs do not stop")?;
             told.push_str("stopped:\n");
         }
-        told.push_str(&essence_of_registers(&monitor.human("info registers -a")?));
+        told.push_str(&kept(&monitor.human("info registers -a")?, &REGISTERS));
         for cpu in 0..cpus {
             told.push_str(&format!("CPU#{cpu}'s local APIC\n"));
-            told.push_str(&essence_of_apic(&monitor.human(&format!("info lapic {cpu}"))?));
+            told.push_str(&kept(&monitor.human(&format!("info lapic {cpu}"))?, &APIC));
         }
     }
     Ok(())
@@ -74,17 +74,13 @@ impl Monitor<'_> {
 }
 
 /// General registers, control registers and segments; not those of floating point, which are most of it.
-fn essence_of_registers(text: &str) -> String {
-    const WANTED: [&str; 9] = ["CPU#", "RAX=", "RSI=", "R8 =", "R12=", "RIP=", "CS =", "GS =", "CR"];
-    kept(text, |line| WANTED.iter().any(|start| line.starts_with(start)) || line.starts_with("EFER="))
-}
+const REGISTERS: [&str; 10] = ["CPU#", "RAX=", "RSI=", "R8 =", "R12=", "RIP=", "CS =", "GS =", "CR", "EFER="];
 
 /// What is pending and what is in service, the priority, and the timer.
-fn essence_of_apic(text: &str) -> String {
-    const WANTED: [&str; 6] = ["LVTT", "Timer", "ISR", "IRR", "APR", "PPR"];
-    kept(text, |line| WANTED.iter().any(|start| line.starts_with(start)))
-}
+const APIC: [&str; 6] = ["LVTT", "Timer", "ISR", "IRR", "APR", "PPR"];
 
-fn kept(text: &str, wanted: impl Fn(&str) -> bool) -> String {
-    text.lines().filter(|line| wanted(line.trim_start())).map(|line| format!("{}\n", line.trim_end())).collect()
+/// The lines that begin with one of `wanted`.
+fn kept(text: &str, wanted: &[&str]) -> String {
+    let is_wanted = |line: &&str| wanted.iter().any(|start| line.trim_start().starts_with(start));
+    text.lines().filter(is_wanted).map(|line| format!("{}\n", line.trim_end())).collect()
 }

@@ -176,6 +176,7 @@ mod tests {
     fn the_counting_machine_has_one_cpu_and_counts() {
         let counting = text(machine_arguments(&Machine { counting: true, cpus: 4, ..Machine::default() }));
         assert!(counting.contains("-smp 1 -icount shift=0,sleep=off"), "{counting}");
+        assert!(counting.contains("thread=single"));
         let usual = text(machine_arguments(&Machine { cpus: 4, ..Machine::default() }));
         assert!(usual.contains("thread=single,tb-size=1024 -smp 4") && !usual.contains("icount"), "{usual}");
     }
