@@ -10,9 +10,10 @@ use super::table::Entry;
 use crate::memory::GuestMemory;
 use crate::virtio::queue::{Buffers, Chain, QueueSet};
 
-/// Packets that one read of a host end fills at most, if nobody else stands in line: those who do share them, so that none waits
-/// longer for its turn. Linux' driver has buffers of 4 KiB.
-const TOGETHER: usize = 16;
+/// Packets that connections which have much to say share, each filling as many by one read of its host end: so many come
+/// before anybody's turn at most, or one of each who stands in line. Linux' driver has buffers of 4 KiB, so these are as
+/// much as one connection may send it ahead of its reading (256 KiB).
+const TOGETHER: usize = 64;
 
 /// A buffer of the guest for one packet.
 struct Room<'m> {

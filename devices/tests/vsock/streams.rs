@@ -188,22 +188,22 @@ fn connections_take_turns() {
     guest.post(0);
     let listener = guest.host.listen(9).unwrap();
     let mut streams = Vec::new();
-    for port in 0..4 {
+    for port in 0..8 {
         guest.send(&Packet::new(port, 9, REQUEST));
         streams.push(listener.accept(Some(SOON)).unwrap());
     }
     for stream in &mut streams {
-        stream.write_all(&[1; 40_000]).unwrap();
+        stream.write_all(&[1; 80_000]).unwrap();
     }
-    guest.post(8);
+    guest.post(48);
     let order: Vec<_> = guest.packets().iter().filter(|packet| packet.op == RW).map(|packet| packet.dst_port).collect();
-    assert!(order.len() >= 40);
-    // Those in line share 16 packets: nobody is ever ahead by more than one's part.
-    let mut packets = [0_u32; 4];
+    assert!(order.len() >= 160);
+    // Those in line share 64 packets: nobody is ever ahead by more than one's part.
+    let mut packets = [0_u32; 8];
     for port in &order {
         packets[*port as usize] += 1;
         let (least, most) = (packets.iter().min().unwrap(), packets.iter().max().unwrap());
-        assert!(most - least <= 4, "{packets:?} of {order:?}");
+        assert!(most - least <= 8, "{packets:?} of {order:?}");
     }
 }
 
