@@ -5,13 +5,11 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use clap::Parser;
-use katavm_tests::e2e::{self, Boot};
+use katavm_tests::e2e::{self, Boot, CASE_LIMIT};
 use katavm_tests::files;
 
-/// How many seconds a case may take, emulated and with others beside it.
-const LIMIT: u64 = 900;
-/// The same if long ones are wanted: some of them work for an hour.
-const LONG_LIMIT: u64 = 7200;
+/// How long a case may take if long ones are wanted: some of them work for an hour.
+const LONG_LIMIT: Duration = Duration::from_secs(7200);
 
 /// Run end-to-end cases.
 #[derive(Parser)]
@@ -51,7 +49,7 @@ fn main() -> Result<ExitCode> {
         cases.iter().filter(|case| case.is_wanted(&filters)).for_each(|case| println!("{}", case.full_name()));
         return Ok(ExitCode::SUCCESS);
     }
-    let limit = limit.unwrap_or(if long { LONG_LIMIT } else { LIMIT });
-    let all_passed = e2e::run(&cases, &filters, Duration::from_secs(limit), &mut std::io::stdout())?;
+    let limit = limit.map_or(if long { LONG_LIMIT } else { CASE_LIMIT }, Duration::from_secs);
+    let all_passed = e2e::run(&cases, &filters, limit, &mut std::io::stdout())?;
     Ok(if all_passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

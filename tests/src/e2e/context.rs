@@ -5,6 +5,7 @@ use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use katavm_guest_image::support::cache;
@@ -12,6 +13,9 @@ use tempfile::TempDir;
 
 use super::cri::{Flavour, Node};
 use super::run::Shell;
+
+/// How long a case may take, emulated and with others beside it.
+pub const CASE_LIMIT: Duration = Duration::from_secs(900);
 
 /// Whether this is a lab, which may be changed at will, and no machine of anybody's: nothing else happens in it, so
 /// everything that is new is ours.
@@ -42,6 +46,7 @@ pub struct Group {
 pub struct Context {
     name: String,
     group: Rc<Group>,
+    limit: Duration,
     scratch: TempDir,
     notes: RefCell<Vec<(String, Vec<u8>)>>,
 }
@@ -52,16 +57,22 @@ impl Context {
     /// # Errors
     /// When no scratch folder can be made.
     pub fn new(name: &str) -> Result<Self> {
-        Self::in_group(name, Rc::default())
+        Self::in_group(name, Rc::default(), CASE_LIMIT)
     }
 
-    /// Surroundings for the case `name` in a group.
+    /// Surroundings for the case `name` in a group, which may take so long.
     ///
     /// # Errors
     /// When no scratch folder can be made.
-    pub fn in_group(name: &str, group: Rc<Group>) -> Result<Self> {
+    pub fn in_group(name: &str, group: Rc<Group>, limit: Duration) -> Result<Self> {
         let scratch = TempDir::with_prefix("katavm-e2e-").context("cannot make a scratch folder")?;
-        Ok(Self { name: name.into(), group, scratch, notes: RefCell::default() })
+        Ok(Self { name: name.into(), group, limit, scratch, notes: RefCell::default() })
+    }
+
+    /// How long a script of the case may take: so that there is time to look around and to clean up after one that stands still.
+    #[must_use]
+    pub fn script_limit(&self) -> Duration {
+        self.limit * 2 / 3
     }
 
     /// What it shares with the other cases of its group.

@@ -50,7 +50,7 @@ mod vsock;
 use anyhow::Result;
 use clap::ValueEnum;
 
-pub use context::Context;
+pub use context::{CASE_LIMIT, Context};
 pub use guest::Guest;
 pub use rebuild::enter;
 pub use report::run;

@@ -26,7 +26,7 @@ pub fn run(cases: &[Case], filters: &[String], limit: Duration, out: &mut impl W
         if group.0 != case.group {
             group = (case.group, Rc::new(Group::default()));
         }
-        let context = Context::in_group(&name, Rc::clone(&group.1))?;
+        let context = Context::in_group(&name, Rc::clone(&group.1), limit)?;
         let _limit = limit::watch(&name, limit)?;
         let start = Instant::now();
         let verdict = catch_unwind(AssertUnwindSafe(|| (case.check)(&context)))

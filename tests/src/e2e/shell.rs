@@ -7,14 +7,14 @@ use anyhow::{Result, ensure};
 
 use super::{Context, limit};
 
-/// Seconds that a script may take, emulated and on a busy machine.
-const LIMIT: u64 = 600;
+/// How long before its limit a script is looked at: what is waited for is still there then.
+const BEFORE: Duration = Duration::from_secs(10);
 
 /// Runs a script of bash with `set -u` in the case's folder, and gives its standard output; its end must be good.
 pub fn script(context: &Context, text: &str) -> Result<String> {
-    let limit = LIMIT.to_string();
-    // Shortly before the end, when what is waited for is still there.
-    let look = limit::look(Duration::from_secs(LIMIT - 10))?;
+    let limit = context.script_limit().as_secs().to_string();
+    let late = context.script_limit().saturating_sub(BEFORE);
+    let look = limit::look(late)?;
     let output = Command::new("timeout")
         .args(["-k", "5", &limit, "bash", "-euc", text])
         .current_dir(context.scratch())
@@ -23,7 +23,7 @@ pub fn script(context: &Context, text: &str) -> Result<String> {
     context.note("stderr", output.stderr.clone());
     let mut told = String::from_utf8_lossy(&output.stderr).into_owned();
     if let Some(threads) = look.end() {
-        told.push_str(&format!("what threads waited for after {} s:\n{threads}", LIMIT - 10));
+        told.push_str(&format!("what threads waited for after {} s:\n{threads}", late.as_secs()));
     }
     if !output.status.success() {
         // The next case finds a clean host all the same.
