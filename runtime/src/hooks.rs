@@ -139,7 +139,7 @@ fn start(hook: &Hook, point: Point, state: &Value, output: &File) -> io::Result<
     {
         host::run_in_namespaces_of(&mut command, pid)?;
     }
-    command.spawn()
+    host::spawn(&mut command)
 }
 
 /// Waits for the end of a hook; kills one that takes too long.
@@ -184,6 +184,20 @@ mod tests {
         let file = dir.path().join("out");
         try_one(&format!("echo $0 $A ${{HOME:-none}} >{0}; cat >>{0}", file.display()), None).unwrap();
         assert_eq!(std::fs::read_to_string(file).unwrap(), "hook b none\n{\"id\":\"c1\",\"pid\":0}");
+    }
+
+    #[test]
+    fn a_hook_takes_signals_though_this_process_reads_them_from_a_descriptor() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("out");
+        let script = format!("grep SigBlk /proc/self/status >{}", file.display());
+        // A thread has a mask of its own.
+        let run = move || {
+            let _signals = crate::process::signals::Signals::block().unwrap();
+            try_one(&script, None).unwrap();
+        };
+        std::thread::spawn(run).join().unwrap();
+        assert_eq!(std::fs::read_to_string(file).unwrap(), "SigBlk:\t0000000000000000\n");
     }
 
     #[test]

@@ -16,6 +16,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Access, AtFlags, CWD, accessat};
 use serde::{Deserialize, Serialize};
 
+use super::children;
 use super::users::is_root_of_host;
 
 /// Where cgroup v2 is.
@@ -187,7 +188,7 @@ impl Cgroup {
         if !is_root_of_host() {
             command.arg("--user");
         }
-        let output = command.args(["set-property", "--runtime", &scope]).args(&properties).output()?;
+        let output = children::output(command.args(["set-property", "--runtime", &scope]).args(&properties))?;
         if output.status.success() {
             return Ok(());
         }

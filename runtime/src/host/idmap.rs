@@ -8,6 +8,7 @@ use std::path::Path;
 use nix::errno::Errno;
 use rustix::process::{Pid, WaitOptions, waitpid};
 
+use super::children;
 use super::namespaces::open_namespace;
 
 /// A range of ids: those from `inside` on in the file system are those from `outside` on in the mount.
@@ -48,7 +49,7 @@ impl IdMap {
     /// Those of clone(2) and of writing the maps.
     pub fn namespace(&self) -> io::Result<OwnedFd> {
         let (reader, writer) = io::pipe()?;
-        let child = wait_in_user_namespace(&reader, &writer)?;
+        let child = children::note(|| wait_in_user_namespace(&reader, &writer), |child| Some(*child))?;
         let process = format!("/proc/{}", child.as_raw_nonzero());
         let write = |file: &str, ranges: &[IdRange]| fs::write(Path::new(&process).join(file), text(ranges));
         let namespace = write("uid_map", &self.users)

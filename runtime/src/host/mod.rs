@@ -3,6 +3,7 @@
 //! No other module of the runtime makes such system calls: this is where a broker process can take over later.
 
 mod cgroup;
+mod children;
 mod clock;
 mod code;
 mod files;
@@ -16,6 +17,7 @@ mod processes;
 mod users;
 
 pub use cgroup::{Cgroup, has_cgroup_v2};
+pub use children::{adopt_orphans, reap_orphans, spawn};
 pub use clock::{ClockChanges, now_ns};
 pub use code::let_go_of_code;
 pub use files::{

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Output};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -12,6 +12,8 @@ use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, signal};
 use nix::unistd::ForkResult;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, WaitOptions, getpid, pidfd_open, pidfd_send_signal, waitpid};
+
+use super::children;
 
 /// On which side of a fork this is.
 pub enum Fork {
@@ -28,13 +30,20 @@ pub enum Fork {
 pub fn fork() -> io::Result<Fork> {
     expect_one_thread()?;
     // SAFETY: there is no other thread whose locks the child could find taken.
-    match unsafe { nix::unistd::fork() }? {
+    noted(|| match unsafe { nix::unistd::fork() }? {
         ForkResult::Parent { child } => {
             let pid = Pid::from_raw(child.as_raw()).ok_or_else(|| io::Error::other("fork(2) gave the pid 0"))?;
             Ok(Fork::Parent(pid))
         }
         ForkResult::Child => Ok(Fork::Child),
-    }
+    })
+}
+
+fn noted(fork: impl FnOnce() -> io::Result<Fork>) -> io::Result<Fork> {
+    children::note(fork, |side| match side {
+        Fork::Parent(child) => Some(*child),
+        Fork::Child => None,
+    })
 }
 
 /// Forks like [`fork`], the child being the first process of a pid namespace of its own (`CLONE_NEWPID`).
@@ -47,13 +56,15 @@ pub fn fork() -> io::Result<Fork> {
 pub fn fork_into_pid_namespace() -> io::Result<Fork> {
     expect_one_thread()?;
     let flags = libc::CLONE_NEWPID | libc::SIGCHLD;
-    // SAFETY: without CLONE_VM and a stack it is fork(2), with zeroes for the ids that are not asked for; there is no
-    // other thread whose locks the child could find taken, and nothing here has registered what is to run at a fork.
-    let pid = Errno::result(unsafe { libc::syscall(libc::SYS_clone, libc::c_long::from(flags), 0, 0, 0, 0) })?;
-    match i32::try_from(pid).ok().and_then(Pid::from_raw) {
-        Some(child) => Ok(Fork::Parent(child)),
-        None => Ok(Fork::Child),
-    }
+    noted(|| {
+        // SAFETY: without CLONE_VM and a stack it is fork(2), with zeroes for the ids that are not asked for; there is no
+        // other thread whose locks the child could find taken, and nothing here has registered what is to run at a fork.
+        let pid = Errno::result(unsafe { libc::syscall(libc::SYS_clone, libc::c_long::from(flags), 0, 0, 0, 0) })?;
+        Ok(match i32::try_from(pid).ok().and_then(Pid::from_raw) {
+            Some(child) => Fork::Parent(child),
+            None => Fork::Child,
+        })
+    })
 }
 
 fn expect_one_thread() -> io::Result<()> {
@@ -213,13 +224,13 @@ pub fn kill_program(pid: u32, name: &str) -> io::Result<()> {
 /// Those of starting it and of reading what it says.
 pub fn run_with_descriptor(command: &mut Command, option: &str, fd: OwnedFd) -> io::Result<Output> {
     let number = fd.as_raw_fd();
-    command.arg(option).arg(number.to_string()).stdin(Stdio::null());
+    command.arg(option).arg(number.to_string());
     // SAFETY: between fork and exec only fcntl(2) is called, which is safe there, on a descriptor that is open until
     // this function returns.
     unsafe {
         command.pre_exec(move || Ok(rustix::io::fcntl_setfd(borrow(number), rustix::io::FdFlags::empty())?));
     }
-    let output = command.output();
+    let output = children::output(command);
     drop(fd);
     output
 }

@@ -54,7 +54,7 @@ impl Logger {
                 Ok(())
             })
         };
-        let child = command.spawn()?;
+        let child = host::spawn(&mut command)?;
         // Its ends of the pipes are closed here.
         drop(command);
         // When it does not get ready, its input ends here, and it with that.

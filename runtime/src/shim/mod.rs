@@ -15,6 +15,7 @@ mod io;
 mod logger;
 mod logging;
 mod options;
+mod orphans;
 mod rootfs;
 mod sandbox;
 mod server;

@@ -18,6 +18,7 @@ use super::containers::Containers;
 use super::events::Events;
 use super::logging;
 use super::options::config_path;
+use super::orphans::Orphans;
 use super::rootfs::Rootfs;
 use super::sandbox::{SandboxConfig, SandboxService};
 use super::service::ShimService;
@@ -99,10 +100,13 @@ pub fn serve(arguments: &Arguments) -> anyhow::Result<()> {
     let bundle = std::env::current_dir().context("cannot tell the current folder, which is the bundle")?;
     // Without a log it goes on in silence.
     let _ = logging::start(&bundle, arguments.debug);
-    let served = prepare(arguments).and_then(|(root, signals)| {
+    let served = prepare(arguments).and_then(|(root, signals, orphans)| {
         let watcher = watcher::start(&root)?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let served = runtime.block_on(run(arguments, &bundle, &root, listener, signals));
+        let served = runtime.block_on(async {
+            tokio::spawn(orphans.reap());
+            run(arguments, &bundle, &root, listener, signals).await
+        });
         // Threads that wait for a guest that is gone need not be waited for.
         runtime.shutdown_background();
         drop(watcher);
@@ -131,7 +135,7 @@ fn listener() -> anyhow::Result<UnixListener> {
     Ok(listener)
 }
 
-fn prepare(arguments: &Arguments) -> anyhow::Result<(StateRoot, Signals)> {
+fn prepare(arguments: &Arguments) -> anyhow::Result<(StateRoot, Signals, Orphans)> {
     host::set_process_name(c"katavm-sandbox");
     // What it mounts goes with it.
     host::enter_new_namespaces(CloneFlags::CLONE_NEWNS).context("cannot make a mount namespace")?;
@@ -142,7 +146,8 @@ fn prepare(arguments: &Arguments) -> anyhow::Result<(StateRoot, Signals)> {
     }
     let root = StateRoot::open(state_root(&arguments.namespace))?;
     root.sweep().context("cannot sweep up after dead containers")?;
-    Ok((root, Signals::block()?))
+    let orphans = Orphans::adopt().context("cannot become a sub-reaper")?;
+    Ok((root, Signals::block()?, orphans))
 }
 
 async fn run(

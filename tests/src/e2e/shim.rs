@@ -21,6 +21,7 @@ pub const CASES: Table = (
         ("a_client_may_go_away_at_any_moment", impatient),
         ("output_is_whole_though_containerd_is_killed", output::<32>),
         ("a_program_of_the_host_takes_the_output", logger),
+        ("what_a_logger_leaves_running_is_reaped", orphan),
     ],
 );
 
@@ -81,6 +82,24 @@ END
          run -d --log-uri binary://$PWD/nosuch $image c2 true </dev/null 2>&1 | grep -o 'nosuch: No such file or directory'
          ctr container rm c2 >p 2>&1 || true; gone";
     clean(context, text, &["exit code 8", "whole", "ended", "nosuch: No such file or directory"])
+}
+
+/// The server is a sub-reaper: else the lab's init would have it.
+fn orphan(context: &Context) -> Result<Verdict> {
+    let text = "cat >logger <<'END'
+#!/bin/sh
+PATH=/usr/bin:/bin
+(sleep 1000 3<&- 4<&- 5<&- & echo $! >$2)
+exec 5>&-
+cat <&3
+END
+         chmod 755 logger
+         run -d --log-uri \"binary://$PWD/logger?to=$PWD/left\" $image c1 sleep 1000 </dev/null
+         left=$(cat left); cat /proc/$(ps -o ppid= $left | tr -d ' ')/comm
+         kill $left; while [ -e /proc/$left ]; do sleep 0.2; done; echo reaped
+         ctr task kill -s KILL c1; until [ $(status c1) = STOPPED ]; do sleep 0.2; done
+         ctr task rm c1 2>&1 | grep -o 'exit code 137'; ctr container rm c1; gone";
+    clean(context, text, &["katavm-sandbox", "reaped", "exit code 137"])
 }
 
 fn first_goes(context: &Context) -> Result<Verdict> {
