@@ -17,7 +17,7 @@ mod processes;
 mod users;
 
 pub use cgroup::{Cgroup, has_cgroup_v2};
-pub use children::{adopt_orphans, reap_orphans, spawn};
+pub use children::{adopt_orphans, reap, reap_orphans, spawn};
 pub use clock::{ClockChanges, now_ns};
 pub use code::let_go_of_code;
 pub use files::{
@@ -33,7 +33,7 @@ pub use namespaces::{enter_new_namespaces, is_own_network, join_namespace, open_
 pub use netns::{has_ipv6_route, in_network_namespace, make_tap, network_setting, network_table, set_network_setting};
 pub use processes::{
     Fork, close_inherited, detach, exit_now, fork, fork_ignoring_signals, fork_into_pid_namespace, kill, kill_and_reap,
-    kill_program, let_go_of_streams, note_inherited, pidfd_of_self, reap, run_with_descriptor, set_process_name,
+    kill_program, let_go_of_streams, note_inherited, pidfd_of_self, run_with_descriptor, set_process_name,
     start_time_ns, wait_for_end,
 };
 pub use users::is_root_of_host;

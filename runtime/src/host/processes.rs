@@ -179,14 +179,6 @@ pub fn set_process_name(name: &std::ffi::CStr) {
     let _ = rustix::thread::set_name(name);
 }
 
-/// Takes the status of a child that has ended or is about to.
-pub fn reap(pid: u32) {
-    if let Some(pid) = Pid::from_raw(pid.cast_signed()) {
-        // One that is no child has somebody else who does.
-        let _ = waitpid(Some(pid), WaitOptions::empty());
-    }
-}
-
 /// Waits for the end of a process that may be nobody's child here, for at most `patience`; whether it has ended.
 ///
 /// # Errors

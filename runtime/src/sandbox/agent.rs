@@ -21,9 +21,9 @@ use ttrpc::context::{Context, with_duration};
 use crate::host;
 use crate::process::terminal::WindowSize;
 
-/// How long the agent has for a request that waits for nobody: as long as a kubelet waits for its runtime. Guests run on busy
-/// hosts, and one that hangs is found by the heartbeat.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// How long the agent has for a request that waits for nobody. Generous: guests run on busy hosts; but a kubelet, and our own
+/// commands, wait for two minutes, and are to hear why there is no answer.
+const PATIENCE: Duration = Duration::from_secs(100);
 /// How much later than this client the agent gives a request up: ttrpc's own deadline would look like a broken
 /// connection here.
 const LATER: Duration = Duration::from_secs(5);

@@ -19,12 +19,13 @@ impl Orphans {
     /// Becomes a sub-reaper. To be called before there are threads, or a child.
     ///
     /// # Errors
-    /// Those of prctl(2), sigprocmask(2) and signalfd(2).
+    /// Those of [`host::adopt_orphans`], sigprocmask(2) and signalfd(2).
     pub fn adopt() -> io::Result<Self> {
-        host::adopt_orphans()?;
         let mask = SigSet::from_iter([Signal::SIGCHLD]);
         mask.thread_block()?;
-        Ok(Self { ended: SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)? })
+        let ended = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
+        host::adopt_orphans()?;
+        Ok(Self { ended })
     }
 
     /// Waits for those that end, as long as this process lives.
@@ -42,7 +43,9 @@ impl Orphans {
             // A signal may stand for many children, so they are looked for once it was taken.
             while ended.get_ref().read_signal()?.is_some() {}
             ready.clear_ready();
-            host::reap_orphans()?;
+            if let Err(error) = host::reap_orphans() {
+                log::warn!("cannot look for orphans: {error}");
+            }
         }
     }
 }

@@ -104,7 +104,7 @@ pub fn serve(arguments: &Arguments) -> anyhow::Result<()> {
         let watcher = watcher::start(&root)?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let served = runtime.block_on(async {
-            tokio::spawn(orphans.reap());
+            orphans.map(|orphans| tokio::spawn(orphans.reap()));
             run(arguments, &bundle, &root, listener, signals).await
         });
         // Threads that wait for a guest that is gone need not be waited for.
@@ -135,7 +135,7 @@ fn listener() -> anyhow::Result<UnixListener> {
     Ok(listener)
 }
 
-fn prepare(arguments: &Arguments) -> anyhow::Result<(StateRoot, Signals, Orphans)> {
+fn prepare(arguments: &Arguments) -> anyhow::Result<(StateRoot, Signals, Option<Orphans>)> {
     host::set_process_name(c"katavm-sandbox");
     // What it mounts goes with it.
     host::enter_new_namespaces(CloneFlags::CLONE_NEWNS).context("cannot make a mount namespace")?;
@@ -146,8 +146,11 @@ fn prepare(arguments: &Arguments) -> anyhow::Result<(StateRoot, Signals, Orphans
     }
     let root = StateRoot::open(state_root(&arguments.namespace))?;
     root.sweep().context("cannot sweep up after dead containers")?;
-    let orphans = Orphans::adopt().context("cannot become a sub-reaper")?;
-    Ok((root, Signals::block()?, orphans))
+    let orphans = Orphans::adopt();
+    if let Err(error) = &orphans {
+        log::warn!("what hooks and loggers leave running goes to the host's init: {error}");
+    }
+    Ok((root, Signals::block()?, orphans.ok()))
 }
 
 async fn run(

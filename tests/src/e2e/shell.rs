@@ -12,7 +12,7 @@ const BEFORE: Duration = Duration::from_secs(10);
 
 /// Runs a script of bash with `set -u` in the case's folder, and gives its standard output; its end must be good.
 pub fn script(context: &Context, text: &str) -> Result<String> {
-    let limit = context.script_limit().as_secs().to_string();
+    let limit = context.script_limit().as_secs().max(1).to_string();
     let late = context.script_limit().saturating_sub(BEFORE);
     let look = limit::look(late)?;
     let output = Command::new("timeout")
