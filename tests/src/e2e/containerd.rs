@@ -9,7 +9,7 @@ use super::agent::whole_rootfs;
 use super::cri::image;
 use super::leftovers::Traces;
 use super::shell::{expect, script};
-use super::{Context, Row, Table, Verdict};
+use super::{Context, Row, Table, Verdict, run};
 
 /// With Debian 12's what may differ with the version.
 pub const BEFORE: Table = (
@@ -54,9 +54,10 @@ const VERSIONS: [Version; 3] = [
     Version { number: "2", task_api: "3", snapshotters: &["native", "blockfile", "erofs"], shows_info: true },
 ];
 
-const fn rows<const V: usize>() -> [Row; 8] {
+const fn rows<const V: usize>() -> [Row; 9] {
     [
         ("runs_and_looks_after_a_container", container::<V>),
+        ("runs_programs_of_debian", debian::<V>),
         ("takes_the_root_file_system_of_each_snapshotter", snapshotters::<V>),
         ("tells_each_event_once_and_in_order", events::<V>),
         ("tells_each_event_once_under_kills", events_under_kills::<V>),
@@ -152,6 +153,27 @@ fn container<const V: usize>(context: &Context) -> Result<Verdict> {
     ];
     expect(&output, &expected)?;
     traces.expect_nothing_of_katavm()?;
+    Ok(Verdict::Passed)
+}
+
+/// An image of the Debian that `katavm run` is tried with.
+fn debian<const V: usize>(context: &Context) -> Result<Verdict> {
+    let Some(bundle) = run::debian::bundle() else { return Ok(run::debian::no_bundle()) };
+    let config = json!({ "Env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"], "Cmd": ["bash"] });
+    image::archive("localhost/debian:12", &bundle.join("rootfs"), &config, &context.scratch().join("debian.tar"))?;
+    let output = containerd::<V>(
+        context,
+        r#"debian=localhost/debian:12; ctr image import debian.tar >p 2>&1; rm debian.tar
+         run --rm $debian c1 sh -euc '
+             . /etc/os-release; echo $ID $VERSION_ID
+             echo "int main(void) { return 42; }" >/tmp/a.c; gcc -o /tmp/a /tmp/a.c; /tmp/a || echo code $?
+             python3 -c "import sqlite3, ssl; print(sum(range(10**6)))"'
+         run -d $debian c2 redis-server </dev/null
+         n=0; until ctr task exec --exec-id e$n c2 redis-cli ping </dev/null 2>p; do n=$((n + 1)); sleep 1; done
+         ctr task exec --exec-id set c2 redis-cli set key value </dev/null; ctr task exec --exec-id get c2 redis-cli get key </dev/null
+         ctr task kill c2; until [ $(status c2) = STOPPED ]; do sleep 0.1; done; ctr task rm c2; ctr container rm c2; ctr image rm $debian >p; gone"#,
+    )?;
+    expect(&output, &["debian 12", "code 42", "499999500000", "PONG", "OK", "value"])?;
     Ok(Verdict::Passed)
 }
 
