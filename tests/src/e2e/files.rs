@@ -7,6 +7,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 use katavm_protocol::agent::{CheckRequest, Exit};
+use serde_json::json;
 
 use super::agent::{rootfs, whole_rootfs};
 use super::guest::Guest;
@@ -23,6 +24,7 @@ pub const CASES: Table = (
         ("behave_as_on_the_host", behave),
         ("are_what_was_written", written),
         ("one_that_the_host_holds_back_is_in_nobodys_way", held_back),
+        ("an_overlay_of_the_guest_is_as_the_hosts_own_makes_it", overlay),
     ],
 );
 
@@ -165,6 +167,60 @@ fn held_back(context: &Context) -> Result<Verdict> {
     let free = ["held", "free 1", "free 2", "free 3", "nothing yet"];
     let late = ["held back 1", "held back 2", "held back 3"];
     expect(&output, &[&free[..], &late[..]].concat())?;
+    traces.expect_nothing_new()?;
+    Ok(Verdict::Passed)
+}
+
+/// What is done to a file system that lies over another.
+const CHANGES: &str = "set -e
+rm gone; rm -r folder; mkdir folder; echo new >folder/new; echo more >>changed; chmod 750 mode
+mv moved folder/there; rm -r emptied/*; ln -s changed link; ln changed linked; mkfifo fifo";
+
+/// What is in a folder, with the marks by which overlayfs knows what it hides.
+const LOOK: &str = "import os, stat, sys
+os.chdir(sys.argv[1])
+marks = ['trusted.overlay.' + mark for mark in ('opaque', 'redirect', 'metacopy', 'whiteout')]
+for folder, folders, files in os.walk('.'):
+    for path in (os.path.join(folder, name) for name in folders + files):
+        node, has = os.lstat(path), os.listxattr(path, follow_symlinks=False)
+        text = open(path).read() if stat.S_ISREG(node.st_mode) else ''
+        found = [(mark, os.getxattr(path, mark, follow_symlinks=False)) for mark in marks if mark in has]
+        print(path, oct(node.st_mode), node.st_uid, node.st_gid, node.st_rdev, node.st_nlink, repr(text), found)";
+
+/// overlayfs in a guest, its upper folder shared by the host, leaves there what the host's would have: an engine that takes
+/// the folder for a layer need not know who wrote it. Of the host's file systems not all can be written so (RENAME_WHITEOUT):
+/// its own overlayfs cannot, tmpfs can.
+fn overlay(context: &Context) -> Result<Verdict> {
+    whole_rootfs(context)?;
+    let over = "mount -t overlay overlay -o lowerdir=lower,upperdir=upper,workdir=work merged";
+    let steps = format!("cd /tried; {over}; cd merged; . /tried/changes; cd ..; umount merged");
+    bundle(context, &["sh", "-ec", &steps], |config| {
+        let all = json!(["CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_MKNOD", "CAP_SYS_ADMIN"]);
+        config["process"]["capabilities"] = json!({"bounding": all, "effective": all, "permitted": all});
+        let guest = json!({"destination": "/tried", "type": "bind", "source": "guest", "options": ["rbind"]});
+        config["mounts"].as_array_mut().into_iter().for_each(|mounts| mounts.push(guest.clone()));
+    })?;
+    let traces = Traces::of(context.scratch());
+    for (name, text) in [("changes", CHANGES), ("look.py", LOOK)] {
+        fs::write(context.scratch().join(name), text)?;
+    }
+    let output = script(
+        context,
+        &format!(
+            "over() {{ (cd $1; {over}); }}
+             for who in host guest; do
+                 mkdir $who; mount -t tmpfs tmpfs $who; cp changes $who; cd $who; mkdir lower upper work merged; cd lower
+                 mkdir folder emptied; touch folder/old emptied/1 emptied/2 gone mode moved; echo much >changed; cd ../..
+             done
+             over host; (cd host/merged; . ../changes); umount host/merged
+             katavm run c1 </dev/null
+             python3 look.py host/upper | sort >by-host; python3 look.py guest/upper | sort >by-guest; diff by-host by-guest && echo written alike
+             grep -c \"'trusted.overlay.opaque', b'y'\" by-guest; grep -c ' 0o20000 0 0 0 ' by-guest
+             for who in host guest; do over $who; python3 look.py $who/merged | sort >read-$who; umount $who/merged $who; done
+             diff read-host read-guest && echo read alike; grep -c new read-guest; rmdir host guest"
+        ),
+    )?;
+    expect(&output, &["written alike", "1", "4", "read alike", "1"])?;
     traces.expect_nothing_new()?;
     Ok(Verdict::Passed)
 }
