@@ -32,8 +32,12 @@ pub const AFTER: Table = (
         ("agrees_on_the_task_api_and_learns_what_the_runtime_can_do", agreement::<2>),
     ],
 );
-/// Everything with the others, too.
-pub const LONG: [Table; 2] = [("containerd-1.6-all", &rows::<0>()), ("containerd-2-all", &rows::<2>())];
+/// Everything with the others, too, and an image of some hundred MiB.
+pub const LONG: [Table; 3] = [
+    ("containerd-1.6-all", &rows::<0>()),
+    ("containerd-2-all", &rows::<2>()),
+    ("containerd-debian", &[("runs_by_1.6", debian::<0>), ("runs_by_1.7", debian::<1>), ("runs_by_2", debian::<2>)]),
+];
 
 /// A version of containerd in the lab.
 struct Version {
@@ -54,10 +58,9 @@ const VERSIONS: [Version; 3] = [
     Version { number: "2", task_api: "3", snapshotters: &["native", "blockfile", "erofs"], shows_info: true },
 ];
 
-const fn rows<const V: usize>() -> [Row; 9] {
+const fn rows<const V: usize>() -> [Row; 8] {
     [
         ("runs_and_looks_after_a_container", container::<V>),
-        ("runs_programs_of_debian", debian::<V>),
         ("takes_the_root_file_system_of_each_snapshotter", snapshotters::<V>),
         ("tells_each_event_once_and_in_order", events::<V>),
         ("tells_each_event_once_under_kills", events_under_kills::<V>),
