@@ -181,12 +181,13 @@ fn receive(socket: &mut WebSocket<TcpStream>) -> Result<Option<tungstenite::Byte
     match socket.read() {
         Ok(Message::Binary(bytes)) => Ok(Some(bytes)),
         Ok(Message::Text(text)) => Ok(Some(text.into())),
-        Ok(Message::Close(_) | Message::Ping(_) | Message::Pong(_) | Message::Frame(_)) => Ok(Some(Default::default())),
-        Err(Error::ConnectionClosed | Error::AlreadyClosed) => Ok(None),
-        // The server does not always say goodbye, or says it twice.
-        Err(Error::Protocol(ProtocolError::ResetWithoutClosingHandshake | ProtocolError::ReceivedAfterClosing)) => {
-            Ok(None)
-        }
+        Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_)) => Ok(Some(Default::default())),
+        // Nothing follows a goodbye (RFC 6455 section 5.5.1), and the server may be gone before it is answered.
+        Ok(Message::Close(_)) | Err(Error::ConnectionClosed | Error::AlreadyClosed) => Ok(None),
+        // The server does not always say goodbye.
+        Err(Error::Protocol(ProtocolError::ResetWithoutClosingHandshake)) => Ok(None),
+        // It had ended its side, and then refused what was written to it: all that it sent has been read.
+        Err(Error::Io(error)) if error.kind() == io::ErrorKind::BrokenPipe => Ok(None),
         Err(error) => Err(error.into()),
     }
 }

@@ -94,8 +94,10 @@ END
         status() {{ ctr task ls | awk -v id=$1 '$1 == id {{ print $3 }}'; }}
         run() {{ ctr run --runtime io.containerd.katavm.v2 "$@"; }}
         left() {{ pgrep -xa 'katavm-(sandbox|standin|watcher)'; find /run/containerd/s /run/katavm-containerd/default -mindepth 1 ! -name '.*'; }}
+        # containerd forgets a task before it tells its end, so the last events of task and container come in any order.
+        told() {{ grep -q /containers/delete events && grep -q /tasks/delete events; }}
         gone() {{ for n in $(seq 300); do [ -n "$(left)" ] || return 0; sleep 0.1; done; left; }}
-        end() {{ for id in $(ctr task ls -q); do ctr task rm -f $id; done >p 2>&1; ctr containers rm $(ctr containers ls -q) >p 2>&1 || true; kill $server; wait $server || true; tail -n 200 containerd.log >&2; }}
+        end() {{ for id in $(ctr task ls -q); do ctr task rm -f $id; done >p 2>&1; ctr containers rm $(ctr containers ls -q) >p 2>&1 || true; kill $server; wait $server || true; grep -v 'loading plugin\|skip loading' containerd.log | tail -n 60 >&2; }}
         trap end EXIT
         server; ctr image import bb.tar >p 2>&1; image=localhost/bb:latest
         "#
@@ -213,8 +215,7 @@ fn events<const V: usize>(context: &Context) -> Result<Verdict> {
              ctr task exec --exec-id e2 c1 sh -c 'head -c 100000000 /dev/zero | tail -c 90000000 >/dev/null' </dev/null >p 2>&1 || echo code $?
              ctr task pause c1; ctr task resume c1
              ctr task kill -s KILL c1; until [ $(status c1) = STOPPED ]; do sleep 0.1; done
-             ctr task rm c1 >p 2>&1; ctr container rm c1
-             until grep -q /containers/delete events; do sleep 0.1; done; kill $listener
+             ctr task rm c1 >p 2>&1; ctr container rm c1; until told; do sleep 0.1; done; kill $listener
              awk '$6 ~ /tasks/ { print $6 }' events
          }
          life io.containerd.runc.v2 >runc; life io.containerd.katavm.v2; gone
@@ -250,9 +251,7 @@ fn events_under_kills<const V: usize>(context: &Context) -> Result<Verdict> {
              until [ -s events ]; do ctr namespace label default probe=$RANDOM; sleep 0.2; done
              ctr run --runtime io.containerd.$1.v2 -d --privileged $image c1 sh -c \"$2\" </dev/null; $3
              until [ \"$(status c1)\" != RUNNING ]; do sleep 0.1; done
-             ctr task rm c1 >p 2>&1 || true; ctr container rm c1
-             # containerd forgets a task before it tells its end, so the events of both may come in any order
-             until grep -q /containers/delete events && grep -q /tasks/delete events; do sleep 0.1; done; kill $listener
+             ctr task rm c1 >p 2>&1 || true; ctr container rm c1; until told; do sleep 0.1; done; kill $listener
              awk '$6 ~ /tasks/ { print $6 }' events
          }
          life runc 'sleep 1000' 'pkill -KILL -x containerd-shim' >runc
@@ -308,7 +307,8 @@ fn killed_shim<const V: usize>(context: &Context) -> Result<Verdict> {
          pkill -KILL -o -x katavm-sandbox; until [ -z \"$(status c1)\" ]; do sleep 0.1; done
          status c2; ctr task exec --exec-id e1 c2 echo in the other </dev/null; ctr container rm c1
          pkill -KILL -x 'katavm-sandbox|katavm-watcher'; until [ -z \"$(status c2)\" ]; do sleep 0.1; done
-         ctr container rm c2; ctr task ls -q; gone; grep -c '/tasks/exit.*\"exit_status\":137' events",
+         ctr container rm c2; ctr task ls -q; gone
+         ends() { grep -c '/tasks/exit.*\"exit_status\":137' events; }; until [ $(ends) -ge 2 ]; do sleep 0.1; done; ends",
     )?;
     expect(&output, &["RUNNING", "in the other", "2"])?;
     traces.expect_nothing_of_katavm()?;
