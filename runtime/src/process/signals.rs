@@ -1,4 +1,4 @@
-//! Signals that are sent to the sandbox process and meant for the container.
+//! Signals that are sent to this process, most of them meant for a container.
 //!
 //! They are blocked in every thread and read from a descriptor (signalfd(2)), so none interrupts anything.
 
@@ -38,6 +38,12 @@ const FORWARDED: [i32; 16] = [
 #[error("cannot receive signals: {0}")]
 pub struct SignalsError(#[from] io::Error);
 
+impl From<SignalsError> for io::Error {
+    fn from(error: SignalsError) -> Self {
+        Self::new(error.0.kind(), error)
+    }
+}
+
 /// What a signal asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Received {
@@ -71,15 +77,23 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// Blocks the signals in the calling thread and in all threads that it makes from now on.
+    /// Blocks those that are meant for a container, or tell of its terminal, in the calling thread and in all threads that it
+    /// makes from now on.
     ///
     /// # Errors
     /// Those of sigprocmask(2) and signalfd(2).
     pub fn block() -> Result<Self, SignalsError> {
-        let mask = mask();
-        sigprocmask(SigmaskHow::SIG_BLOCK, Some(&mask), None).map_err(io::Error::from)?;
+        Self::block_all(&mask())
+    }
+
+    /// The same with those of `mask`.
+    ///
+    /// # Errors
+    /// Those of sigprocmask(2) and signalfd(2).
+    pub fn block_all(mask: &SigSet) -> Result<Self, SignalsError> {
+        sigprocmask(SigmaskHow::SIG_BLOCK, Some(mask), None).map_err(io::Error::from)?;
         let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
-        let fd = SignalFd::with_flags(&mask, flags).map_err(io::Error::from)?;
+        let fd = SignalFd::with_flags(mask, flags).map_err(io::Error::from)?;
         Ok(Self { fd })
     }
 

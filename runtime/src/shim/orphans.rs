@@ -3,27 +3,23 @@
 use std::io;
 
 use nix::sys::signal::{SigSet, Signal};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 
 use crate::host;
+use crate::process::signals::Signals;
 
 /// Processes that come to this one as their sub-reaper.
 pub struct Orphans {
-    /// Readable when a child has ended: SIGCHLD is blocked, so that it interrupts nothing.
-    ended: SignalFd,
+    /// SIGCHLD, which is blocked, so that it interrupts nothing.
+    ended: Signals,
 }
 
 impl Orphans {
     /// Becomes a sub-reaper. To be called before there are threads, or a child.
     ///
     /// # Errors
-    /// Those of [`host::adopt_orphans`], sigprocmask(2) and signalfd(2).
+    /// Those of [`host::adopt_orphans`] and [`Signals::block_all`].
     pub fn adopt() -> io::Result<Self> {
-        let mask = SigSet::from_iter([Signal::SIGCHLD]);
-        mask.thread_block()?;
-        let ended = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
+        let ended = Signals::block_all(&SigSet::from_iter([Signal::SIGCHLD]))?;
         host::adopt_orphans()?;
         Ok(Self { ended })
     }
@@ -36,13 +32,10 @@ impl Orphans {
     }
 
     async fn try_reap(self) -> io::Result<()> {
-        // SAFETY: the descriptor inside is the same open one until it is dropped, and `AsyncFd` owns it from here on.
-        let ended = unsafe { AsyncFd::register_with_interest(self.ended, Interest::READABLE) }?;
+        let ended = self.ended.listen()?;
         loop {
-            let mut ready = ended.readable().await?;
             // A signal may stand for many children, so they are looked for once it was taken.
-            while ended.get_ref().read_signal()?.is_some() {}
-            ready.clear_ready();
+            ended.next().await?;
             if let Err(error) = host::reap_orphans() {
                 log::warn!("cannot look for orphans: {error}");
             }
