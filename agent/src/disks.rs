@@ -6,40 +6,13 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use katavm_protocol::agent::{AttachDiskRequest, AttachDiskResponse};
-use nix::errno::Errno;
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::error::Error;
+use crate::file_system;
 use crate::places::{self, PLACES};
 
 /// Where file systems of disks are mounted, each in a directory by the number of its place.
 const MOUNTED: &str = "/run/katavm/disks";
-/// Options of mount(8) that are flags of mount(2), and whether they set or clear them.
-const FLAGS: [(&str, MsFlags, bool); 20] = [
-    ("ro", MsFlags::MS_RDONLY, true),
-    ("rw", MsFlags::MS_RDONLY, false),
-    ("nosuid", MsFlags::MS_NOSUID, true),
-    ("suid", MsFlags::MS_NOSUID, false),
-    ("nodev", MsFlags::MS_NODEV, true),
-    ("dev", MsFlags::MS_NODEV, false),
-    ("noexec", MsFlags::MS_NOEXEC, true),
-    ("exec", MsFlags::MS_NOEXEC, false),
-    ("noatime", MsFlags::MS_NOATIME, true),
-    ("atime", MsFlags::MS_NOATIME, false),
-    ("nodiratime", MsFlags::MS_NODIRATIME, true),
-    ("diratime", MsFlags::MS_NODIRATIME, false),
-    ("relatime", MsFlags::MS_RELATIME, true),
-    ("norelatime", MsFlags::MS_RELATIME, false),
-    ("strictatime", MsFlags::MS_STRICTATIME, true),
-    ("nostrictatime", MsFlags::MS_STRICTATIME, false),
-    ("sync", MsFlags::MS_SYNCHRONOUS, true),
-    ("async", MsFlags::MS_SYNCHRONOUS, false),
-    ("dirsync", MsFlags::MS_DIRSYNC, true),
-    ("lazytime", MsFlags::MS_LAZYTIME, true),
-];
-/// Options that say nothing here: where propagation goes the container's mount says, and a disk is there already.
-const WITHOUT_EFFECT: [&str; 10] =
-    ["defaults", "loop", "private", "rprivate", "slave", "rslave", "shared", "rshared", "unbindable", "runbindable"];
 
 /// Binds the driver to a place, and mounts the file system on the disk there, if one is asked for.
 ///
@@ -60,33 +33,13 @@ pub fn attach(request: &AttachDiskRequest) -> Result<AttachDiskResponse, Error> 
 
 /// Mounts the file system on `device`; where.
 fn mount_on(request: &AttachDiskRequest, device: &str) -> Result<String, Error> {
-    let AttachDiskRequest { place, type_, options, .. } = request;
-    let path = format!("{MOUNTED}/{place}");
-    fs::create_dir_all(&path).map_err(|error| Error::io(format_args!("cannot make {path}"), error))?;
-    let (flags, text) = flags_and_text(options);
-    mount(Some(device), path.as_str(), Some(type_.as_str()), flags, Some(text.as_str())).map_err(
-        |error| match error {
-            Errno::ENODEV => Error::Invalid(format!("the guest's kernel has no file system {type_}")),
-            Errno::EINVAL => {
-                Error::Invalid(format!("no {type_} on the disk, or an option of {options:?} is none of it"))
-            }
-            error => Error::io(format_args!("cannot mount {type_}, with {options:?}"), error.into()),
-        },
-    )?;
+    let path = mounted(request.place);
+    file_system::mount_at(&path, device, &request.type_, &request.options)?;
     Ok(path)
 }
 
-/// What mount(2) takes for options of mount(8).
-fn flags_and_text(options: &[String]) -> (MsFlags, String) {
-    let (mut flags, mut text) = (MsFlags::empty(), Vec::new());
-    for option in options {
-        match FLAGS.iter().find(|(name, ..)| name == option) {
-            Some((_, flag, set)) => flags.set(*flag, *set),
-            None if WITHOUT_EFFECT.contains(&option.as_str()) => {}
-            None => text.push(option.as_str()),
-        }
-    }
-    (flags, text.join(","))
+fn mounted(place: u32) -> String {
+    format!("{MOUNTED}/{place}")
 }
 
 /// Binds the driver to `place`; the block device of the disk there. Doing it again changes nothing.
@@ -111,42 +64,14 @@ pub fn detach(place: u32) -> Result<(), Error> {
         return Ok(());
     }
     let name = places::name(place);
-    let path = format!("{MOUNTED}/{place}");
-    if Path::new(&path).exists() {
-        settle(&path);
-        match umount2(path.as_str(), MntFlags::empty()) {
-            // None was mounted, or it is no more.
-            Ok(()) | Err(Errno::EINVAL) => {}
-            Err(error) => {
-                crate::error!("cannot unmount {path}: {error}");
-                // Some process still has it; what it does from now on fails.
-                let _ = umount2(path.as_str(), MntFlags::MNT_DETACH);
-            }
-        }
-        let _ = fs::remove_dir(&path);
-    }
+    file_system::unmount(&mounted(place));
     PLACES.unbind(&name).map_err(|error| Error::io(format_args!("cannot unbind the driver from {name}"), error))
 }
 
 /// Settles all file systems that are mounted: the guest is about to end.
 pub fn settle_all() {
     for entry in fs::read_dir(MOUNTED).into_iter().flatten().flatten() {
-        settle(&entry.path().to_string_lossy());
-    }
-}
-
-/// Has everything that was written to the file system at `path` on its disk, and marked as whole: who has the disk next need
-/// not recover it, and may be one who cannot. It is read-only then, also where another mount of it is left.
-fn settle(path: &str) {
-    let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-    match mount(None::<&str>, path, None::<&str>, flags, None::<&str>) {
-        // None was mounted, or it is no more.
-        Ok(()) | Err(Errno::EINVAL) => {}
-        Err(error) => {
-            crate::error!("{path} cannot be made read-only: {error}");
-            // Some process still writes to it: what it wrote so far goes to the disk.
-            nix::unistd::sync();
-        }
+        file_system::settle(&entry.path().to_string_lossy());
     }
 }
 
@@ -173,17 +98,4 @@ fn block_device(device: &Path) -> io::Result<AttachDiskResponse> {
         }
     }
     Err(io::ErrorKind::NotFound.into())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn options_are_flags_or_text() {
-        let all = ["ro", "noatime", "data=journal", "loop", "nosuid", "suid", "errors=panic", "rprivate"];
-        let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOATIME;
-        assert_eq!(flags_and_text(&all.map(String::from)), (flags, "data=journal,errors=panic".into()));
-        assert_eq!(flags_and_text(&[]), (MsFlags::empty(), String::new()));
-    }
 }

@@ -7,9 +7,9 @@ use async_trait::async_trait;
 use katavm_protocol::agent::{
     AdjustClockRequest, AttachDiskRequest, AttachDiskResponse, CheckRequest, CheckResponse, ConfigureNetworkRequest,
     ContainerRequest, CreateContainerRequest, CreateExecRequest, CreateSandboxRequest, DetachDiskRequest, Empty, Event,
-    ListProcessesResponse, ProcessRequest, ProcessResponse, RemoveContainerRequest, ResizeRequest,
-    ResizeTerminalRequest, SetSysctlsRequest, SetVolumeRequest, SignalRequest, StatsResponse, UpdateContainerRequest,
-    WaitResponse,
+    ListProcessesResponse, MountOverlayRequest, MountOverlayResponse, ProcessRequest, ProcessResponse,
+    RemoveContainerRequest, ResizeRequest, ResizeTerminalRequest, SetSysctlsRequest, SetVolumeRequest, SignalRequest,
+    StatsResponse, UpdateContainerRequest, WaitResponse,
 };
 use katavm_protocol::agent_ttrpc::Agent;
 use katavm_protocol::reset::RESET_ORDERLY;
@@ -25,6 +25,7 @@ use crate::disks;
 use crate::error::Error;
 use crate::names::Names;
 use crate::network;
+use crate::overlay;
 use crate::room;
 use crate::sandbox;
 use crate::server::kernel_release;
@@ -50,6 +51,24 @@ impl Service {
         let done = tokio::task::spawn_blocking(move || cgroup.freeze(frozen)).await;
         let done = done.map_err(|error| Error::Internal(error.to_string()))?;
         done.map_err(|error| Error::io("cannot change the freezer's state", error))?;
+        Ok(Empty::new())
+    }
+
+    /// Does `work` for a container when none of its processes is left.
+    async fn after_last(
+        &self,
+        container_id: String,
+        work: impl FnOnce(&str) -> std::result::Result<(), Error> + Send + 'static,
+    ) -> Result<Empty> {
+        // One that was not made has none.
+        let cgroup = self.containers.cgroup(&container_id).ok();
+        let done = move || {
+            if let Some(Err(error)) = cgroup.map(|cgroup| cgroup.wait_until_empty()) {
+                crate::error!("{container_id} still has its disks: {error}");
+            }
+            work(&container_id)
+        };
+        to_its_end(async move { blocking(done).await? }).await?;
         Ok(Empty::new())
     }
 }
@@ -97,16 +116,20 @@ impl Agent for Service {
     }
 
     async fn detach_disk(&self, _: &TtrpcContext, request: DetachDiskRequest) -> Result<Empty> {
-        // One that was not made has none.
-        let cgroup = self.containers.cgroup(&request.container_id).ok();
-        let detach = move || {
-            if let Some(Err(error)) = cgroup.map(|cgroup| cgroup.wait_until_empty()) {
-                crate::error!("{} still has its disks: {error}", request.container_id);
-            }
-            disks::detach(request.place)
+        let DetachDiskRequest { place, container_id, .. } = request;
+        self.after_last(container_id, move |_| disks::detach(place)).await
+    }
+
+    async fn mount_overlay(&self, _: &TtrpcContext, request: MountOverlayRequest) -> Result<MountOverlayResponse> {
+        to_its_end(async move { blocking(move || overlay::attach(&request)).await? }).await.map_err(Into::into)
+    }
+
+    async fn unmount_overlay(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {
+        let detach = |container_id: &str| {
+            overlay::detach(container_id);
+            Ok(())
         };
-        to_its_end(async move { blocking(detach).await? }).await?;
-        Ok(Empty::new())
+        self.after_last(request.container_id, detach).await
     }
 
     async fn set_sysctls(&self, _: &TtrpcContext, request: SetSysctlsRequest) -> Result<Empty> {

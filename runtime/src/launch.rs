@@ -166,7 +166,8 @@ impl Launch {
     pub fn empty(id: Id, folder: &Path, spec: Spec, options: Options) -> Result<Self, LaunchError> {
         let path = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_deref());
         let cgroup = Cgroup::plan(path, options.systemd_cgroup, id.as_str()).map_err(LaunchError::Cgroup)?;
-        let bundle = Bundle { path: folder.into(), rootfs: folder.into(), disk: None, spec, unhonoured: Vec::new() };
+        let bundle =
+            Bundle { path: folder.into(), rootfs: folder.into(), in_guest: None, spec, unhonoured: Vec::new() };
         let (size, image) = options.settle(&bundle.spec)?;
         let plan = Plan::new(&id, &bundle, size, &SharedNamespaces::new())?;
         Ok(Self { id, bundle, plan, pod: None, image, console: false, user_network: None, cgroup })

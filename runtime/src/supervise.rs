@@ -260,6 +260,7 @@ impl Work<'_> {
                         tmpfs: plan.tmpfs,
                         replaced: plan.replaced,
                         disks: plan.disks,
+                        overlay: plan.overlay,
                         io,
                         link: Some(link),
                         journal: outside.journal,

@@ -259,6 +259,7 @@ fn run(setup: Setup, program: impl FnOnce(HashMap<i32, UnixStream>, &Guest) -> u
             tmpfs: Vec::new(),
             replaced: Vec::new(),
             disks: Vec::new(),
+            overlay: None,
             io,
             link: None,
             journal,

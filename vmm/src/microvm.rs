@@ -249,6 +249,13 @@ impl Microvm {
         Ok(())
     }
 
+    /// How many places for disks are empty.
+    #[must_use]
+    pub fn empty_places(&self) -> usize {
+        let is_empty = |device: &&Device| matches!(device, Device::Block(block) if lock(block).is_empty());
+        self.devices.iter().filter(is_empty).count()
+    }
+
     /// Puts a disk into an empty place, running or not; the place, by which the agent binds its driver.
     ///
     /// # Errors
@@ -257,7 +264,7 @@ impl Microvm {
         for (place, device) in self.devices.iter().enumerate() {
             if let Device::Block(block) = device {
                 let mut block = lock(block);
-                if !block.is_attached() && !block.is_driven() {
+                if block.is_empty() {
                     block.attach(config)?;
                     return Ok(place);
                 }

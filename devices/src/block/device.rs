@@ -141,6 +141,12 @@ impl Block {
         self.queues.is_active()
     }
 
+    /// Whether another disk may come: there is none, and no driver still takes the last one to be there.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        !self.is_attached() && !self.is_driven()
+    }
+
     /// How requests are carried out: `io_uring` or `blocking`.
     #[must_use]
     pub fn engine(&self) -> Option<&'static str> {

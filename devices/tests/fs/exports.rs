@@ -1,5 +1,6 @@
 //! Exports: read-only ones, single files, coming and going.
 
+use std::ffi::CString;
 use std::fs;
 use std::time::Duration;
 
@@ -12,6 +13,8 @@ const READ_ONLY: ExportOptions = ExportOptions {
     cache: Duration::from_secs(3600),
     cache_absent: Duration::ZERO,
     cross_mounts: true,
+    only: Vec::new(),
+    drop_labels: false,
 };
 
 #[test]
@@ -73,6 +76,58 @@ fn what_is_not_there() {
     guest.unlink(root, "absent").unwrap();
     guest.forget(made, 2);
     assert_eq!(guest.share.save().nodes.len(), 1, "no node is made of it");
+}
+
+#[test]
+fn a_directory_of_which_two_names_are_shown() {
+    let (_dir, path) = scratch();
+    for name in ["fs", "work", "secret"] {
+        fs::create_dir(path.join(name)).unwrap();
+    }
+    fs::write(path.join("fs/f"), "text").unwrap();
+    fs::write(path.join("secret/f"), "text").unwrap();
+    let only = ["fs", "work", "none"].map(|name| CString::new(name).unwrap()).to_vec();
+    let mut guest = Guest::mount(&path, ExportOptions { only, drop_labels: true, ..ExportOptions::default() });
+    let root = guest.root();
+    for plus in [false, true] {
+        let mut names: Vec<_> = guest.list(root, plus).into_iter().map(|row| row.name).collect();
+        names.sort();
+        assert_eq!(names, [".", "..", "fs", "work"]);
+    }
+    let (upper, work) = (guest.lookup(root, "fs").unwrap().node, guest.lookup(root, "work").unwrap().node);
+    let file = guest.lookup(upper, "f").unwrap().node;
+    for (row, result) in [
+        ("MKDIR", guest.mkdir(root, "none", 0o755).map(drop)),
+        ("MKNOD", guest.mknod(root, "none", 0o100_644, 0).map(drop)),
+        ("CREATE of what is shown", guest.create(root, "fs", libc::O_RDWR, 0o644).map(drop)),
+        ("CREATE of what is hidden", guest.create(root, "secret", libc::O_RDWR, 0o644).map(drop)),
+        ("TMPFILE", guest.call(51, root, Msg::new().u32(2).u32(0o100_644).u32(0).u32(0).name("/")).map(drop)),
+        ("SYMLINK", guest.symlink(root, "layer.erofs", "/etc/passwd").map(drop)),
+        ("LINK", guest.call(13, root, Msg::new().u64(file).name("layer.erofs")).map(drop)),
+        ("UNLINK", guest.unlink(root, "fs")),
+        ("RMDIR", guest.call(11, root, Msg::new().name("work")).map(drop)),
+        ("RENAME", guest.call(12, root, Msg::new().u64(root).name("fs").name("none")).map(drop)),
+        ("RENAME2 out", guest.rename2((root, "secret"), (upper, "x"), 0)),
+        ("RENAME2 in", guest.rename2((upper, "f"), (root, "none"), 0)),
+        ("RENAME2 with exchange", guest.rename2((root, "fs"), (root, "secret"), libc::RENAME_EXCHANGE)),
+        ("SETATTR", guest.call(4, root, Msg::new().u32(1).u32(0).bytes(&[0; 80])).map(drop)),
+        ("SETXATTR", guest.setxattr(root, "user.a", b"1")),
+        ("REMOVEXATTR", guest.call(24, root, Msg::new().name("user.a")).map(drop)),
+    ] {
+        println!("two names: {row}: {result:?}");
+        assert_eq!(result.unwrap_err(), libc::EROFS, "{row}");
+    }
+    assert_eq!(guest.lookup(root, "secret").unwrap_err(), libc::ENOENT);
+    assert_eq!(guest.lookup(root, "none").unwrap_err(), libc::ENOENT);
+    guest.setxattr(file, "security.selinux", b"label").unwrap();
+    assert_eq!(guest.listxattr(file, 100).unwrap(), b"", "it is dropped");
+    assert_eq!(guest.setxattr(file, "system.nfs4_acl", b"x").unwrap_err(), libc::EOPNOTSUPP);
+    guest.rename2((upper, "f"), (work, "g"), 0).unwrap();
+    guest.mkdir(upper, "secret", 0o755).unwrap();
+    assert_eq!(guest.list(upper, false).len(), 3, "below, all is as elsewhere");
+    guest.call(4, upper, Msg::new().u32(1).u32(0).bytes(&[0; 80])).unwrap();
+    assert_eq!(fs::read(path.join("work/g")).unwrap(), b"text");
+    assert_eq!(fs::read_dir(&path).unwrap().count(), 3);
 }
 
 #[test]

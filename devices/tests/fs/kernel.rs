@@ -203,11 +203,11 @@ fn few_requests_do() {
     let walk = "find . | wc -l >/dev/null; find . | wc -l >/dev/null";
     let long = std::time::Duration::from_secs(60);
     let plain = ExportOptions { cache: long, ..ExportOptions::default() };
-    let absent = ExportOptions { cache_absent: long, ..plain };
-    let none = ExportOptions { cache: std::time::Duration::ZERO, ..plain };
+    let absent = ExportOptions { cache_absent: long, ..plain.clone() };
+    let none = ExportOptions { cache: std::time::Duration::ZERO, ..plain.clone() };
     // Each from 20 directories with 20 files, and its bound: what was measured, and some more.
     for (row, options, script, most) in [
-        ("names that are not there, not cached", plain, look, 200),
+        ("names that are not there, not cached", plain.clone(), look, 200),
         ("names that are not there, cached", absent, look, 40),
         ("a walk and another, nothing cached", none, walk, 700),
         ("a walk and another, cached", plain, walk, 180),

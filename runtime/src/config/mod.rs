@@ -85,11 +85,42 @@ pub struct Bundle {
     /// The root file system, absolute.
     pub rootfs: PathBuf,
     /// What the guest is to mount instead of sharing that folder, which is empty then.
-    pub disk: Option<FileSystem>,
+    pub in_guest: Option<GuestRoot>,
     /// The configuration.
     pub spec: Spec,
     /// What it says that a container will not get.
     pub unhonoured: Vec<Unhonoured>,
+}
+
+/// A root file system that the guest mounts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GuestRoot {
+    /// It is on one disk.
+    Disk(FileSystem),
+    /// It is an overlay of disks.
+    Overlay(Overlay),
+}
+
+/// An overlay whose lower layers are disks of the guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Overlay {
+    /// The uppermost first.
+    pub layers: Vec<FileSystem>,
+    /// Where changes go, if any can be made.
+    pub upper: Option<Upper>,
+    /// As mount(8) has them, without those that name the layers.
+    pub options: Vec<String>,
+}
+
+/// The upper layer of an overlay, in a folder of the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Upper {
+    /// The folder that both of these are in.
+    pub parent: PathBuf,
+    /// The name of the layer.
+    pub upper: String,
+    /// The name of the folder in which overlayfs prepares changes.
+    pub work: String,
 }
 
 /// A file system on a block device or in an image file of the host.
@@ -129,7 +160,7 @@ impl Bundle {
         }
         host::may_use_directory(&rootfs)
             .map_err(|error| ConfigError::RootfsAccess { path: rootfs.clone(), reason: system_message(&error) })?;
-        Ok(Self { path, unhonoured: unhonoured(&value), rootfs, disk: None, spec })
+        Ok(Self { path, unhonoured: unhonoured(&value), rootfs, in_guest: None, spec })
     }
 }
 

@@ -26,8 +26,8 @@ pub use files::{
 pub use idmap::{IdMap, IdRange};
 pub use limits::raise_open_files;
 pub use mounts::{
-    MountChanges, attach_inside, change_root, clone_tree, list_mounts, make_read_only, mount, new_proc, private_copy,
-    receive_mounts_only, unmount,
+    MountChanges, MountSource, attach_inside, change_root, clone_tree, list_mounts, make_read_only, mount, mount_of,
+    mount_sources, new_proc, private_copy, receive_mounts_only, unmount,
 };
 pub use namespaces::{enter_new_namespaces, is_own_network, join_namespace, open_namespace, run_in_namespaces_of};
 pub use netns::{has_ipv6_route, in_network_namespace, make_tap, network_setting, network_table, set_network_setting};

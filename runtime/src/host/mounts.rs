@@ -9,7 +9,7 @@ use std::thread;
 use katavm_devices::fs::MountEntry;
 use nix::sched::{CloneFlags, unshare};
 use rustix::event::{PollFd, PollFlags};
-use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, StatxFlags, openat2, statx};
 use rustix::mount::{
     MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount_change,
     mount_remount, move_mount, open_tree,
@@ -155,14 +155,79 @@ pub fn private_copy(root: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     Ok(copy)
 }
 
-/// The mounts of the calling thread's mount namespace (proc_pid_mountinfo(5)).
+/// The mounts of the calling thread's mount namespace.
 ///
 /// # Errors
 /// Those of reading the list.
 pub fn list_mounts() -> io::Result<Vec<MountEntry>> {
-    // The root of a mount may be no UTF-8; it is only compared.
+    read_mounts(parse_mount)
+}
+
+/// What is mounted where. Paths with spaces or backslashes are escaped, as in proc_pid_mountinfo(5).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MountSource {
+    /// Unique among those that there are, as statx(2) tells it of files.
+    pub id: u64,
+    /// The mount point.
+    pub path: String,
+    /// What of the file system is mounted.
+    pub root: String,
+    /// Options of the mount, separated by commas.
+    pub flags: String,
+    /// The file system's device number, `st_dev` of its files.
+    pub device: u64,
+    /// Its type.
+    pub kind: String,
+    /// What it is on, as who mounted it said.
+    pub source: String,
+    /// Its own options, separated by commas.
+    pub options: String,
+}
+
+/// The mount that `path` is on, and the device number of its file system.
+///
+/// # Errors
+/// Those of statx(2), and `Unsupported` before Linux 5.8.
+pub fn mount_of(path: &Path) -> io::Result<(u64, u64)> {
+    let wanted = StatxFlags::MNT_ID;
+    let found = statx(CWD, path, AtFlags::empty(), wanted)?;
+    if found.stx_mask & wanted.bits() == 0 {
+        return Err(io::ErrorKind::Unsupported.into());
+    }
+    Ok((found.stx_mnt_id, rustix::fs::makedev(found.stx_dev_major, found.stx_dev_minor)))
+}
+
+/// What is mounted in the calling thread's mount namespace.
+///
+/// # Errors
+/// Those of reading the list.
+pub fn mount_sources() -> io::Result<Vec<MountSource>> {
+    read_mounts(parse_source)
+}
+
+/// Reads proc_pid_mountinfo(5).
+fn read_mounts<T>(parse: impl Fn(&str) -> Option<T>) -> io::Result<Vec<T>> {
+    // Paths may be no UTF-8; they are only compared.
     let list = std::fs::read("/proc/thread-self/mountinfo")?;
-    Ok(String::from_utf8_lossy(&list).lines().filter_map(parse_mount).collect())
+    Ok(String::from_utf8_lossy(&list).lines().filter_map(parse).collect())
+}
+
+/// A line like those of [`parse_mount`].
+fn parse_source(line: &str) -> Option<MountSource> {
+    let (mount, file_system) = line.split_once(" - ")?;
+    let MountEntry { id, device: (major, minor), root, .. } = parse_mount(mount)?;
+    let mut here = mount.split(' ').skip(4).map(str::to_owned);
+    let mut fields = file_system.splitn(3, ' ').map(str::to_owned);
+    Some(MountSource {
+        id,
+        path: here.next()?,
+        root,
+        flags: here.next()?,
+        device: rustix::fs::makedev(major, minor),
+        kind: fields.next()?,
+        source: fields.next()?,
+        options: fields.next()?,
+    })
 }
 
 /// A line as `36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw`.
@@ -287,6 +352,26 @@ mod tests {
             assert_eq!(parse_mount(bad), None, "{bad:?}");
         }
         assert!(list_mounts().unwrap().len() > 1);
+    }
+
+    #[test]
+    fn sources_of_mounts_are_read() {
+        let source = parse_source("36 35 7:3 / /s/1/fs ro,noatime - erofs /dev/loop3 ro,user_xattr").unwrap();
+        let expected = MountSource {
+            id: 36,
+            path: "/s/1/fs".into(),
+            root: "/".into(),
+            flags: "ro,noatime".into(),
+            device: rustix::fs::makedev(7, 3),
+            kind: "erofs".into(),
+            source: "/dev/loop3".into(),
+            options: "ro,user_xattr".into(),
+        };
+        assert_eq!(source, expected);
+        assert_eq!(parse_source("36 35 7:3 / /s/1/fs ro,noatime shared:1 - erofs"), None);
+        let (id, device) = mount_of(Path::new("/proc/self")).unwrap();
+        let proc = mount_sources().unwrap().into_iter().find(|mount| mount.id == id).unwrap();
+        assert_eq!((proc.path.as_str(), proc.kind.as_str(), proc.device), ("/proc", "proc", device));
     }
 
     #[test]

@@ -28,10 +28,10 @@ pub(super) struct Seen {
 }
 
 impl Seen {
-    /// Gives it up; how the agent removes the container with it, and the disks that are to be detached.
-    pub fn release(self, id: &str) -> (RemoveContainerRequest, Disks) {
+    /// Gives it up, its disks detached; how the agent removes the container with it.
+    pub fn release(self, id: &str) -> RemoveContainerRequest {
         let (unshared, volumes) = (self.exports.release(), self.copies.release());
-        (RemoveContainerRequest { container_id: id.into(), unshared, volumes, ..Default::default() }, self.disks)
+        RemoveContainerRequest { container_id: id.into(), unshared, volumes, ..Default::default() }
     }
 }
 
@@ -216,11 +216,12 @@ impl Container {
     /// Gives up what of the host it sees; it has ended. That has been done when this returns, whoever does it.
     pub(super) async fn release(&self) {
         let mut held = self.seen.lock().await;
-        let Some(seen) = held.take() else { return };
+        let Some(mut seen) = held.take() else { return };
+        // As long as the upper layer of an overlay of disks is shared.
+        seen.disks.detach().await;
         let id = self.id.clone();
-        if let Ok((removal, mut disks)) = tokio::task::spawn_blocking(move || seen.release(&id)).await {
+        if let Ok(removal) = tokio::task::spawn_blocking(move || seen.release(&id)).await {
             *self.removal.lock().unwrap_or_else(PoisonError::into_inner) = removal;
-            disks.detach().await;
         }
     }
 

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use katavm_devices::block::{BlockConfig, BlockError};
-use katavm_protocol::agent::{AttachDiskRequest, AttachDiskResponse};
+use katavm_protocol::agent::{AttachDiskRequest, AttachDiskResponse, MountOverlayRequest};
 use katavm_vmm::MicrovmError;
 use serde_json::{Value, json};
 
@@ -16,6 +16,9 @@ use crate::sandbox::agent::{Agent, AgentError};
 use crate::sandbox::disk::{Disk, Part};
 use crate::sandbox::vm::Machine;
 use crate::sandbox::{Sandbox, blocking};
+
+/// Places that layers of root file systems leave empty: a volume on a disk has no other way into the guest.
+const FOR_VOLUMES: usize = 2;
 
 /// Why a container does not get its disk.
 #[derive(Debug, thiserror::Error)]
@@ -48,6 +51,9 @@ pub enum DiskError {
         /// What the agent said.
         error: AgentError,
     },
+    /// The guest does not put layers together.
+    #[error("the root file system: the guest cannot mount the overlay of its layers: {0}")]
+    Overlay(AgentError),
     /// The configuration for the guest has no such mount.
     #[error("cannot write the guest's configuration: {0}")]
     Spec(#[from] serde_json::Error),
@@ -62,10 +68,13 @@ struct Attached {
     agent: Agent,
     container_id: String,
     places: Vec<usize>,
+    /// Some of them are layers of one root file system, which is mounted.
+    is_overlaid: bool,
 }
 
 impl Disks {
-    /// Attaches all of `disks` of a container; its configuration with where they are.
+    /// Attaches all of `disks` of a container, and mounts `overlay` of layers among them; its configuration with where they
+    /// are. The upper layer is shared already.
     ///
     /// # Errors
     /// Which one cannot be; none is attached then.
@@ -74,6 +83,7 @@ impl Disks {
         agent: &Agent,
         container_id: &str,
         disks: &[Disk],
+        overlay: Option<MountOverlayRequest>,
         spec: Vec<u8>,
     ) -> Result<(Vec<u8>, Self), PodError> {
         if disks.is_empty() {
@@ -81,17 +91,48 @@ impl Disks {
         }
         let mut json: Value = serde_json::from_slice(&spec).map_err(DiskError::from)?;
         let (machine, agent, container_id) = (sandbox.machine(), agent.clone(), container_id.to_owned());
-        let mut all = Self(Some(Attached { machine, agent, container_id, places: Vec::new() }));
-        for disk in disks {
-            match all.add(disk).await {
-                Ok(found) => describe(&mut json, disk, &found),
-                Err(error) => {
-                    all.detach().await;
-                    return Err(error);
-                }
+        let places = Vec::new();
+        let mut all = Self(Some(Attached { machine, agent, container_id, places, is_overlaid: false }));
+        match all.add_all(disks, overlay, &mut json).await {
+            Ok(()) => Ok((json.to_string().into(), all)),
+            Err(error) => {
+                all.detach().await;
+                Err(error)
             }
         }
-        Ok((json.to_string().into(), all))
+    }
+
+    async fn add_all(
+        &mut self,
+        disks: &[Disk],
+        overlay: Option<MountOverlayRequest>,
+        spec: &mut Value,
+    ) -> Result<(), PodError> {
+        self.make_sure_of_places(disks)?;
+        let mut layers = Vec::new();
+        for disk in disks {
+            let found = self.add(disk).await?;
+            match disk.part {
+                Part::Root => spec["root"]["path"] = json!(found.mounted),
+                Part::Layer(_) => layers.push(found.mounted),
+                Part::Mount(index) => describe(spec, index, disk, &found),
+            }
+        }
+        let (Some(overlay), Some(attached)) = (overlay, &mut self.0) else { return Ok(()) };
+        let mounted = attached.agent.mount_overlay(&MountOverlayRequest { layers, ..overlay }).await;
+        attached.is_overlaid = true;
+        spec["root"]["path"] = json!(mounted.map_err(DiskError::Overlay)?);
+        Ok(())
+    }
+
+    /// Refuses layers for which there are not enough places, before some of them are attached.
+    fn make_sure_of_places(&self, disks: &[Disk]) -> Result<(), DiskError> {
+        let layers = disks.iter().filter(|disk| matches!(disk.part, Part::Layer(_))).count();
+        let empty = self.0.as_ref().map_or(0, |attached| attached.machine.empty_places());
+        if layers > 0 && layers + FOR_VOLUMES > empty {
+            return Err(DiskError::Attach { part: Part::Layer(layers - 1), error: MicrovmError::NoPlace });
+        }
+        Ok(())
     }
 
     async fn add(&mut self, disk: &Disk) -> Result<AttachDiskResponse, PodError> {
@@ -104,6 +145,7 @@ impl Disks {
         let file = opened.map_err(|error| DiskError::Open { part, path: disk.path.clone(), error })?;
         let serial = match part {
             Part::Root => "root".to_owned(),
+            Part::Layer(index) => format!("layer-{index}"),
             Part::Mount(index) => format!("mount-{index}"),
         };
         let config = BlockConfig::new(file, read_only, &serial);
@@ -119,7 +161,14 @@ impl Disks {
 
     /// Has guest and machine let go of them.
     pub async fn detach(&mut self) {
-        let Some(Attached { machine, agent, container_id, places }) = self.0.take() else { return };
+        let Some(Attached { machine, agent, mut container_id, places, is_overlaid }) = self.0.take() else { return };
+        if is_overlaid {
+            if let Err(error) = agent.unmount_overlay(&container_id).await {
+                log::debug!("the guest does not unmount the root file system of {container_id}: {error}");
+            }
+            // Its processes have been waited for.
+            container_id.clear();
+        }
         for place in places {
             if let Err(error) = agent.detach_disk(number(place), &container_id).await {
                 // The guest may be gone; if it is not, it gets errors from here on.
@@ -135,12 +184,9 @@ fn number(place: usize) -> u32 {
     u32::try_from(place).unwrap_or(u32::MAX)
 }
 
-/// Writes down where the file system or the block device is in the guest, and for a block device the right to use it.
-fn describe(spec: &mut Value, disk: &Disk, found: &AttachDiskResponse) {
-    let Part::Mount(index) = disk.part else {
-        spec["root"]["path"] = json!(found.mounted);
-        return;
-    };
+/// Writes down where the file system or the block device of mount `index` is in the guest, and for a block device the right to
+/// use it.
+fn describe(spec: &mut Value, index: usize, disk: &Disk, found: &AttachDiskResponse) {
     let mount = &mut spec["mounts"][index];
     if disk.file_system.is_some() {
         mount["source"] = json!(found.mounted);
@@ -169,16 +215,13 @@ mod tests {
         let found =
             AttachDiskResponse { device: "/dev/vdb".into(), major: 254, minor: 16, mounted, ..Default::default() };
         let mut spec = json!({ "mounts": [{ "source": "/x" }, { "source": "/dev/sdz" }], "linux": {} });
-        describe(&mut spec, &disk(1, false), &found);
+        describe(&mut spec, 1, &disk(1, false), &found);
         assert_eq!(spec["mounts"], json!([{ "source": "/x" }, { "source": "/run/katavm/disks/7" }]));
-        describe(&mut spec, &disk(0, true), &found);
+        describe(&mut spec, 0, &disk(0, true), &found);
         assert_eq!(spec["mounts"][0]["source"], "/dev/vdb");
         let rule = json!({ "allow": true, "type": "b", "major": 254, "minor": 16, "access": "rw" });
         assert_eq!(spec["linux"]["resources"]["devices"], json!([rule]));
-        describe(&mut spec, &disk(0, true), &found);
+        describe(&mut spec, 0, &disk(0, true), &found);
         assert_eq!(spec["linux"]["resources"]["devices"], json!([rule, rule]));
-        spec["root"] = json!({ "path": "/x", "readonly": true });
-        describe(&mut spec, &Disk { part: Part::Root, ..disk(0, false) }, &found);
-        assert_eq!(spec["root"], json!({ "path": "/run/katavm/disks/7", "readonly": true }));
     }
 }

@@ -20,7 +20,9 @@ use std::time::Duration;
 
 use katavm_devices::fs::FsShare;
 use katavm_protocol::agent::event::What;
-use katavm_protocol::agent::{CreateContainerRequest, CreateExecRequest, Ready, StatsResponse, Tmpfs};
+use katavm_protocol::agent::{
+    CreateContainerRequest, CreateExecRequest, MountOverlayRequest, Ready, RemoveContainerRequest, StatsResponse, Tmpfs,
+};
 use katavm_vmm::MicrovmError;
 use oci_spec::runtime::LinuxResources;
 use tokio::sync::watch::Sender;
@@ -32,7 +34,7 @@ use crate::link::Link;
 use crate::network::NetworkError;
 use crate::process::terminal::TerminalError;
 use crate::sandbox::agent::{Agent, AgentError, GuestProcess};
-use crate::sandbox::disk::Disk;
+use crate::sandbox::disk::{Disk, Part};
 use crate::sandbox::plan::{Export, Replaced};
 use crate::sandbox::share::{Share, ShareError, with_sources};
 use crate::sandbox::size::Limits;
@@ -105,10 +107,16 @@ pub enum PodError {
 }
 
 impl PodError {
-    /// Whether it failed for want of a place for a disk.
+    /// Whether the guest cannot have as disks what the host may yet mount and share.
     #[must_use]
-    pub fn wants_place(&self) -> bool {
-        matches!(self, Self::Disk(DiskError::Attach { error: MicrovmError::NoPlace, .. }))
+    pub fn is_of_disks(&self) -> bool {
+        let Self::Disk(error) = self else { return false };
+        matches!(
+            error,
+            DiskError::Attach { error: MicrovmError::NoPlace, .. }
+                | DiskError::Guest { part: Part::Layer(_), .. }
+                | DiskError::Overlay(_)
+        )
     }
 }
 
@@ -132,6 +140,8 @@ pub struct NewContainer {
     pub replaced: Vec<Replaced>,
     /// What of the host it has as disks.
     pub disks: Vec<Disk>,
+    /// How layers among them are put together to its root file system.
+    pub overlay: Option<MountOverlayRequest>,
     /// The streams of its first process.
     pub io: Io,
     /// To its stand-in.
@@ -269,11 +279,33 @@ impl Pod {
 
     async fn make(self: &Arc<Self>, new: NewContainer) -> Result<Arc<Process>, PodError> {
         let NewContainer {
-            id, spec, exports, tmpfs, replaced, disks, io, link, journal, cgroup, limits, is_first, ..
+            id,
+            spec,
+            exports,
+            tmpfs,
+            replaced,
+            disks,
+            overlay,
+            io,
+            link,
+            journal,
+            cgroup,
+            limits,
+            is_first,
+            ..
         } = new;
         let (exports, copies) = (self.share.add(&exports)?, self.volumes.add(&replaced).await?);
-        let (spec, disks) = Disks::attach(&self.sandbox, &self.agent, &id, &disks, spec).await?;
-        let seen = Seen { exports, copies, disks };
+        let mut seen = Seen { exports, copies, disks: Disks::default() };
+        let spec = match Disks::attach(&self.sandbox, &self.agent, &id, &disks, overlay, spec).await {
+            Ok((spec, attached)) => {
+                seen.disks = attached;
+                spec
+            }
+            Err(error) => {
+                self.give_up(&id, seen).await;
+                return Err(error);
+            }
+        };
         let spec = match with_sources(spec, seen.exports.sources().chain(seen.copies.sources())) {
             Ok(spec) => spec,
             Err(error) => {
@@ -326,10 +358,12 @@ impl Pod {
     }
 
     /// Removes what is left of a container that was not made.
-    async fn give_up(&self, id: &str, seen: Seen) {
-        let (removal, mut disks) = seen.release(id);
-        drop(self.agent.remove_container(&removal).await);
-        disks.detach().await;
+    async fn give_up(&self, id: &str, mut seen: Seen) {
+        let it = RemoveContainerRequest { container_id: id.into(), ..Default::default() };
+        drop(self.agent.remove_container(&it).await);
+        // As long as the upper layer of an overlay of disks is shared.
+        seen.disks.detach().await;
+        drop(self.agent.remove_container(&seen.release(id)).await);
     }
 
     /// Makes a further process in a running container; it waits to be started.

@@ -9,8 +9,8 @@ pub use katavm_protocol::agent::Process as GuestProcess;
 use katavm_protocol::agent::{
     AdjustClockRequest, AttachDiskRequest, AttachDiskResponse, CheckRequest, ConfigureNetworkRequest, ContainerRequest,
     CreateContainerRequest, CreateExecRequest, CreateSandboxRequest, DetachDiskRequest, Empty, Event, Exit,
-    ProcessRequest, RemoveContainerRequest, ResizeRequest, ResizeTerminalRequest, SetSysctlsRequest, SetVolumeRequest,
-    SignalRequest, StatsResponse, UpdateContainerRequest,
+    MountOverlayRequest, ProcessRequest, RemoveContainerRequest, ResizeRequest, ResizeTerminalRequest,
+    SetSysctlsRequest, SetVolumeRequest, SignalRequest, StatsResponse, UpdateContainerRequest,
 };
 use katavm_protocol::agent_ttrpc::AgentClient;
 use tokio::time::timeout;
@@ -138,6 +138,24 @@ impl Agent {
     pub async fn detach_disk(&self, place: u32, container_id: &str) -> Result<(), AgentError> {
         let request = DetachDiskRequest { place, container_id: container_id.into(), ..Default::default() };
         within(PATIENCE, self.client.detach_disk(deadline(PATIENCE), &request)).await?;
+        Ok(())
+    }
+
+    /// Has the guest mount the layers of a container's root file system; where.
+    ///
+    /// # Errors
+    /// Any [`AgentError`].
+    pub async fn mount_overlay(&self, request: &MountOverlayRequest) -> Result<String, AgentError> {
+        Ok(within(PATIENCE, self.client.mount_overlay(deadline(PATIENCE), request)).await?.mounted)
+    }
+
+    /// Has the guest unmount that when the last process of the container has ended.
+    ///
+    /// # Errors
+    /// Any [`AgentError`].
+    pub async fn unmount_overlay(&self, container_id: &str) -> Result<(), AgentError> {
+        let request = ContainerRequest { container_id: container_id.into(), ..Default::default() };
+        within(PATIENCE, self.client.unmount_overlay(deadline(PATIENCE), &request)).await?;
         Ok(())
     }
 

@@ -28,14 +28,25 @@ pub struct Disk {
 pub enum Part {
     /// Its root file system.
     Root,
+    /// The layer of this number of its root file system, the uppermost first.
+    Layer(usize),
     /// The mount of this number.
     Mount(usize),
+}
+
+impl Part {
+    /// Whether it is the root file system, or some of that.
+    #[must_use]
+    pub fn is_of_root(self) -> bool {
+        !matches!(self, Self::Mount(_))
+    }
 }
 
 impl fmt::Display for Part {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Root => f.write_str("the root file system"),
+            Self::Layer(index) => write!(f, "layer {index} of the root file system"),
             Self::Mount(index) => write!(f, "mounts[{index}]"),
         }
     }
@@ -74,12 +85,12 @@ pub fn is_known(kind: &str) -> bool {
 }
 
 impl Disk {
-    /// That of a container's root file system.
+    /// That of a container's root file system, or of a layer of it.
     #[must_use]
-    pub fn of_root(root: &FileSystem) -> Self {
+    pub fn of_root(part: Part, root: &FileSystem) -> Self {
         let FileSystem { kind, source, options } = root;
         let (read_only, file_system) = file_system(kind, options);
-        Self { part: Part::Root, path: source.clone(), read_only, file_system: Some(file_system) }
+        Self { part, path: source.clone(), read_only, file_system: Some(file_system) }
     }
 
     /// What of mount `index` the guest can have as a disk: a file system on a block device or in an image, or a block
@@ -142,7 +153,7 @@ mod tests {
 
     fn root(kind: &str, options: &[&str]) -> Disk {
         let options = options.iter().map(|option| (*option).to_owned()).collect();
-        Disk::of_root(&FileSystem { kind: kind.into(), source: "/dev/mapper/snap-1".into(), options })
+        Disk::of_root(Part::Root, &FileSystem { kind: kind.into(), source: "/dev/mapper/snap-1".into(), options })
     }
 
     #[test]

@@ -5,13 +5,13 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use katavm_protocol::CONTAINER;
-use katavm_protocol::agent::Tmpfs;
+use katavm_protocol::agent::{MountOverlayRequest, Tmpfs};
 use oci_spec::runtime::{LinuxIdMapping, LinuxNamespaceType, Mount, Spec};
 
 use super::disk::{Disk, Part};
 use super::size::{Limits, Size, SizeError, SizeOptions};
 use super::volume;
-use crate::config::Bundle;
+use crate::config::{Bundle, GuestRoot, Overlay};
 use crate::host::{self, EmptyTmpfs, FileKind, IdMap, IdRange, system_message};
 use crate::limits;
 use crate::standin::{View, Volume};
@@ -40,7 +40,8 @@ const STANDARD_DEVICES: [(u32, u32, &str); 6] = [
 
 /// Empty places for disks, beside those that the first container has a disk for.
 const SPARE_PLACES: usize = 4;
-/// Places at least where the first container's root file system is on a disk: those of a pod's others are then, too.
+/// Places at least where the first container's root file system is on disks: those of a pod's others are then, too, as far
+/// as this goes.
 const ROOT_PLACES: usize = 20;
 
 /// Why no plan could be made.
@@ -100,6 +101,8 @@ pub struct Export {
     pub id_map: Option<IdMap>,
     /// Whether it is the same to all containers of the guest that have it.
     pub is_volume: bool,
+    /// All that the guest sees of a directory; empty: all that there is.
+    pub only: Vec<String>,
 }
 
 /// A volume of which the guest gets a copy that follows it.
@@ -130,6 +133,8 @@ pub struct Plan {
     pub replaced: Vec<Replaced>,
     /// What the guest has as disks, the root file system first, if that is one.
     pub disks: Vec<Disk>,
+    /// How layers among them are put together to the root file system.
+    pub overlay: Option<MountOverlayRequest>,
     /// config.json for the agent.
     pub guest_spec: Vec<u8>,
     /// Whether the container's process has a terminal.
@@ -165,14 +170,27 @@ impl Plan {
         if let Some(root) = spec.root_mut() {
             root.set_path(Path::new(SHARED).join(&rootfs));
         }
-        let (mut exports, mut disks) = (Vec::new(), Vec::new());
-        match &bundle.disk {
+        let (mut exports, mut disks, mut overlay) = (Vec::new(), Vec::new(), None);
+        let root = |path: &Path, only| Export {
+            name: rootfs.clone(),
+            path: path.into(),
+            read_only: false,
+            id_map: None,
+            is_volume: false,
+            only,
+        };
+        match &bundle.in_guest {
             // Where the guest has it is known once it is attached.
-            Some(disk) => disks.push(Disk::of_root(disk)),
-            None => {
-                let path = bundle.rootfs.clone();
-                exports.push(Export { name: rootfs, path, read_only: false, id_map: None, is_volume: false });
+            Some(GuestRoot::Disk(disk)) => disks.push(Disk::of_root(Part::Root, disk)),
+            Some(GuestRoot::Overlay(layered)) => {
+                let layers = layered.layers.iter().enumerate();
+                disks.extend(layers.map(|(index, layer)| Disk::of_root(Part::Layer(index), layer)));
+                // What else is beside its upper layer is the snapshotter's.
+                let upper = layered.upper.as_ref();
+                exports.extend(upper.map(|all| root(&all.parent, vec![all.upper.clone(), all.work.clone()])));
+                overlay = Some(mount_overlay(id, layered, &rootfs));
             }
+            None => exports.push(root(&bundle.rootfs, Vec::new())),
         }
         let (mut tmpfs, mut replaced) = (Vec::new(), Vec::new());
         if let Some(mounts) = spec.mounts_mut() {
@@ -216,7 +234,7 @@ impl Plan {
                 }
             }
         }
-        let view = View { rootfs: bundle.rootfs.clone(), is_elsewhere: bundle.disk.is_some(), volumes };
+        let view = View { rootfs: bundle.rootfs.clone(), is_elsewhere: bundle.in_guest.is_some(), volumes };
         strip(&mut spec, shared);
         let terminal = spec.process().as_ref().and_then(|process| process.terminal()).unwrap_or_default();
         let most = size.most(options);
@@ -231,6 +249,7 @@ impl Plan {
             tmpfs,
             replaced,
             disks,
+            overlay,
             guest_spec: serde_json::to_vec(&spec)?,
             terminal,
             view,
@@ -240,7 +259,7 @@ impl Plan {
     /// How many places for disks its sandbox needs: some stay empty for what comes later.
     #[must_use]
     pub fn places(&self) -> usize {
-        let least = if self.disks.iter().any(|disk| disk.part == Part::Root) { ROOT_PLACES } else { 0 };
+        let least = if self.disks.iter().any(|disk| disk.part.is_of_root()) { ROOT_PLACES } else { 0 };
         least.max(self.disks.len() + SPARE_PLACES)
     }
 
@@ -267,8 +286,22 @@ impl Plan {
         mounts.push(mount);
         spec.set_mounts(Some(mounts));
         plan.guest_spec = serde_json::to_vec(&spec)?;
-        plan.exports.push(Export { name, path, read_only: true, id_map: None, is_volume: true });
+        plan.exports.push(Export { name, path, read_only: true, id_map: None, is_volume: true, only: Vec::new() });
         Ok(plan)
+    }
+}
+
+/// How the guest mounts layers, as far as it is known before they are attached; `shared` is the name of what it has of the
+/// upper one.
+fn mount_overlay(id: &Id, layered: &Overlay, shared: &str) -> MountOverlayRequest {
+    let path = |name: &String| format!("{SHARED}/{shared}/{name}");
+    let upper = layered.upper.as_ref();
+    MountOverlayRequest {
+        container_id: id.to_string(),
+        upper: upper.map(|all| path(&all.upper)).unwrap_or_default(),
+        work: upper.map(|all| path(&all.work)).unwrap_or_default(),
+        options: layered.options.clone(),
+        ..Default::default()
     }
 }
 
@@ -361,7 +394,7 @@ fn share(id: &Id, mount: &mut Mount, index: usize, bundle: &Path) -> Result<Opti
             let name = format!("{id}.mount-{index}");
             let read_only = is_read_only(mount);
             mount.set_source(Some(Path::new(SHARED).join(&name)));
-            Ok(Some(Export { name, path, read_only, id_map: None, is_volume: true }))
+            Ok(Some(Export { name, path, read_only, id_map: None, is_volume: true, only: Vec::new() }))
         }
         FileKind::CharacterDevice(major, minor) => {
             let standard = STANDARD_DEVICES.iter().find(|(a, b, _)| (*a, *b) == (major, minor));
@@ -425,7 +458,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::config::FileSystem;
+    use crate::config::{FileSystem, Upper};
 
     fn bundle(mounts: Value) -> (tempfile::TempDir, Bundle) {
         let dir = tempfile::tempdir().unwrap();
@@ -557,13 +590,52 @@ mod tests {
     #[test]
     fn a_root_on_a_disk_is_not_shared() {
         let (_dir, mut bundle) = bundle(json!([{ "destination": "/file", "source": "file", "options": ["bind"] }]));
-        bundle.disk =
-            Some(FileSystem { kind: "ext4".into(), source: "/images/1".into(), options: vec!["loop".into()] });
+        let disk = FileSystem { kind: "ext4".into(), source: "/images/1".into(), options: vec!["loop".into()] };
+        bundle.in_guest = Some(GuestRoot::Disk(disk.clone()));
         let plan = Plan::new(&"c1".parse().unwrap(), &bundle, SizeOptions::default(), &HashMap::new()).unwrap();
         assert_eq!(plan.exports.iter().map(|export| export.name.as_str()).collect::<Vec<_>>(), ["c1.mount-0"]);
-        assert_eq!(plan.disks, [Disk::of_root(bundle.disk.as_ref().unwrap())]);
+        assert_eq!(plan.disks, [Disk::of_root(Part::Root, &disk)]);
         assert!(plan.view.is_elsewhere);
         assert_eq!((plan.places(), Plan { disks: Vec::new(), ..plan }.places()), (20, 4));
+    }
+
+    #[test]
+    fn layers_are_disks_and_the_upper_one_is_shared() {
+        let (_dir, mut bundle) = bundle(json!([]));
+        let layer = |n: usize| FileSystem {
+            kind: "erofs".into(),
+            source: format!("/s/{n}/layer.erofs").into(),
+            options: vec!["ro".into()],
+        };
+        let upper = Upper { parent: "/s/3".into(), upper: "fs".into(), work: "work".into() };
+        let overlay =
+            Overlay { layers: vec![layer(2), layer(1)], upper: Some(upper), options: vec!["index=off".into()] };
+        bundle.in_guest = Some(GuestRoot::Overlay(overlay.clone()));
+        let plan = |bundle: &Bundle| {
+            Plan::new(&"c1".parse().unwrap(), bundle, SizeOptions::default(), &HashMap::new()).unwrap()
+        };
+        let made = plan(&bundle);
+        let layers = [(Part::Layer(0), &layer(2)), (Part::Layer(1), &layer(1))];
+        assert_eq!(made.disks, layers.map(|(part, layer)| Disk::of_root(part, layer)));
+        assert!(made.disks.iter().all(|disk| disk.read_only));
+        assert_eq!(made.exports.len(), 1);
+        assert_eq!(
+            (made.exports[0].path.as_path(), made.exports[0].only.as_slice()),
+            (Path::new("/s/3"), ["fs".to_owned(), "work".to_owned()].as_slice())
+        );
+        let mount = MountOverlayRequest {
+            container_id: "c1".into(),
+            upper: "/run/katavm/shared/c1.rootfs/fs".into(),
+            work: "/run/katavm/shared/c1.rootfs/work".into(),
+            options: vec!["index=off".into()],
+            ..Default::default()
+        };
+        assert_eq!(made.overlay, Some(mount));
+        assert_eq!((made.view.is_elsewhere, made.places()), (true, 20));
+        bundle.in_guest = Some(GuestRoot::Overlay(Overlay { upper: None, ..overlay }));
+        let read_only = plan(&bundle);
+        assert!(read_only.exports.is_empty());
+        assert_eq!(read_only.overlay.map(|mount| mount.upper), Some(String::new()));
     }
 
     #[test]

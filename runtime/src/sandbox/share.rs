@@ -1,6 +1,7 @@
 //! The files of the host that the guest sees.
 
 use std::collections::HashMap;
+use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -129,7 +130,10 @@ impl Share {
     fn put(&self, export: &Export) -> io::Result<Held> {
         let planned = export.name.clone();
         let cache_absent = if export.is_volume { Duration::ZERO } else { ROOT_CACHE_ABSENT };
-        let options = ExportOptions { read_only: export.read_only, cache_absent, ..ExportOptions::default() };
+        let only = export.only.iter().map(|name| CString::new(name.as_str())).collect::<Result<_, _>>()?;
+        // One of which not all is shown is the upper layer of an overlay.
+        let (read_only, drop_labels) = (export.read_only, !export.only.is_empty());
+        let options = ExportOptions { read_only, cache_absent, only, drop_labels, ..ExportOptions::default() };
         let (fd, place) = open(export)?;
         let Some(place) = place else {
             self.files.add_export(&planned, fd, options)?;
@@ -234,7 +238,8 @@ mod tests {
     use super::*;
 
     fn export(name: &str, path: &Path, read_only: bool) -> Export {
-        Export { name: name.into(), path: path.into(), read_only, id_map: None, is_volume: name != "rootfs" }
+        let (name, path, is_volume) = (name.to_owned(), path.to_owned(), name != "rootfs");
+        Export { name, path, read_only, id_map: None, is_volume, only: Vec::new() }
     }
 
     fn sources(exports: &Exports, planned: &[&str]) -> Vec<String> {

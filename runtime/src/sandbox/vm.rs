@@ -77,6 +77,10 @@ pub trait Machine: Send + Sync {
     fn stop(&self);
     /// The last lines of its console.
     fn console_tail(&self) -> String;
+    /// How many empty places for disks it has.
+    fn empty_places(&self) -> usize {
+        0
+    }
     /// Puts a disk into an empty place of it; which.
     ///
     /// # Errors
@@ -128,6 +132,10 @@ impl Machine for Microvm {
 
     fn console_tail(&self) -> String {
         self.console().tail()
+    }
+
+    fn empty_places(&self) -> usize {
+        Microvm::empty_places(self)
     }
 
     fn attach_disk(&self, disk: BlockConfig) -> Result<usize, MicrovmError> {

@@ -36,6 +36,7 @@ pub fn member(
         tmpfs: plan.tmpfs,
         replaced: plan.replaced,
         disks: plan.disks,
+        overlay: plan.overlay,
         io,
         link,
         journal: Journal::new(state, record),

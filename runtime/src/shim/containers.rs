@@ -229,14 +229,12 @@ impl Containers {
         let (bundle, mounts) = (PathBuf::from(&request.bundle), request.rootfs.clone());
         let rootfs = self.beside_requests(move || Rootfs::make(&bundle, &mounts)).await?;
         // Kept open: whoever reads a stream must not find its end between two attempts.
-        let duplicate = rootfs.disk().map(|_| io.duplicate()).transpose();
+        let duplicate = rootfs.in_guest().map(|_| io.duplicate()).transpose();
         let second = duplicate.map_err(|error| PodError::State(format!("the streams: {error}")))?;
         match (self.create_on(request, rootfs, &told, io).await, second) {
-            (Err(error), Some(io)) if error.wants_place() => {
+            (Err(error), Some(io)) if error.is_of_disks() => {
                 let id = &request.id;
-                log::warn!(
-                    "the root file system of {id} is mounted here and shared: the guest has no place for a disk"
-                );
+                log::warn!("the root file system of {id} is mounted here and shared: {error}");
                 let (bundle, mounts) = (PathBuf::from(&request.bundle), request.rootfs.clone());
                 let rootfs = self.beside_requests(move || Rootfs::mount(&bundle, &mounts)).await?;
                 self.create_on(request, rootfs, &told, io).await
@@ -584,7 +582,7 @@ fn plan_member(
     io: Io,
 ) -> anyhow::Result<NewContainer> {
     let id = request.id.parse()?;
-    let mut bundle = Bundle { disk: rootfs.disk().cloned(), ..Bundle::load(Path::new(&request.bundle))? };
+    let mut bundle = Bundle { in_guest: rootfs.in_guest().cloned(), ..Bundle::load(Path::new(&request.bundle))? };
     if let Some(files) = files {
         files.give(&mut bundle.spec);
     }

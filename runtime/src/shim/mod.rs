@@ -12,6 +12,7 @@ mod events;
 mod info;
 mod input;
 mod io;
+mod layers;
 mod logger;
 mod logging;
 mod options;

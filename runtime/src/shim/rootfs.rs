@@ -1,11 +1,12 @@
-//! A container's root file system, as containerd says: on a disk that the guest mounts, or mounted here and shared.
+//! A container's root file system, as containerd says: on disks that the guest mounts, or mounted here and shared.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use containerd_shim_protos::api::Mount;
 
-use crate::config::FileSystem;
+use super::layers;
+use crate::config::{FileSystem, GuestRoot};
 use crate::host::{self, FileKind};
 use crate::sandbox::disk;
 
@@ -15,26 +16,26 @@ pub enum Rootfs {
     /// So many are mounted here, one over the other.
     Mounted(usize),
     /// The guest mounts it.
-    OnDisk(FileSystem),
+    InGuest(GuestRoot),
 }
 
 impl Rootfs {
     /// What the guest is to mount.
     #[must_use]
-    pub fn disk(&self) -> Option<&FileSystem> {
+    pub fn in_guest(&self) -> Option<&GuestRoot> {
         match self {
-            Self::OnDisk(file_system) => Some(file_system),
+            Self::InGuest(root) => Some(root),
             Self::Mounted(_) => None,
         }
     }
 
-    /// Makes what is here of it: for a disk an empty folder, else all the mounts.
+    /// Makes what is here of it: for disks an empty folder, else all the mounts.
     ///
     /// # Errors
     /// Which one cannot be mounted.
     pub fn make(bundle: &Path, mounts: &[Mount]) -> Result<Self, String> {
-        match on_disk(mounts) {
-            Some(file_system) => make_folder(&folder(bundle)).map(|()| Self::OnDisk(file_system)),
+        match on_disks(mounts) {
+            Some(root) => make_folder(&folder(bundle)).map(|()| Self::InGuest(root)),
             None => Self::mount(bundle, mounts),
         }
     }
@@ -78,18 +79,24 @@ fn make_folder(path: &Path) -> Result<(), String> {
     fs::create_dir_all(path).map_err(|error| format!("cannot make {}: {error}", path.display()))
 }
 
-/// The one file system of these mounts that the guest can have on a disk; what is not there is told of where it is mounted.
-fn on_disk(mounts: &[Mount]) -> Option<FileSystem> {
+/// The one file system of these mounts, if the guest can have it on disks; what is not there is told of where it is mounted.
+fn on_disks(mounts: &[Mount]) -> Option<GuestRoot> {
     let [mount] = mounts else { return None };
-    if !disk::is_known(&mount.type_) || !mount.target.is_empty() {
+    if !mount.target.is_empty() {
+        return None;
+    }
+    if mount.type_ == "overlay" {
+        return layers::overlay(&mount.options).map(GuestRoot::Overlay);
+    }
+    if !disk::is_known(&mount.type_) {
         return None;
     }
     match host::open_shared(Path::new(&mount.source)).ok()?.1 {
-        FileKind::BlockDevice | FileKind::Regular => Some(FileSystem {
+        FileKind::BlockDevice | FileKind::Regular => Some(GuestRoot::Disk(FileSystem {
             kind: mount.type_.clone(),
             source: PathBuf::from(&mount.source),
             options: mount.options.clone(),
-        }),
+        })),
         _ => None,
     }
 }
@@ -114,7 +121,7 @@ mod tests {
         fs::write(&image, "").unwrap();
         let rootfs = Rootfs::make(bundle.path(), &[mount("ext4", &image)]).unwrap();
         let expected = FileSystem { kind: "ext4".into(), source: image, options: vec!["loop".into(), "rw".into()] };
-        assert_eq!(rootfs.disk(), Some(&expected));
+        assert_eq!(rootfs.in_guest(), Some(&GuestRoot::Disk(expected)));
         assert!(folder(bundle.path()).is_dir());
         assert_eq!(Rootfs::make(bundle.path(), &[]), Ok(Rootfs::Mounted(0)), "a rootfs that is there");
     }
@@ -134,7 +141,7 @@ mod tests {
             &[mount("ext4", Path::new("/nowhere"))],
         ];
         for mounts in none {
-            assert_eq!(on_disk(mounts), None, "{mounts:?}");
+            assert_eq!(on_disks(mounts), None, "{mounts:?}");
         }
     }
 }

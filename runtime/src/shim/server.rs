@@ -257,7 +257,7 @@ fn first(
 ) -> anyhow::Result<(Launch, Outside)> {
     let configuration = config_path(request.options.as_ref()).or_else(|| arguments.config.clone());
     let options = options(configuration.as_deref(), None)?;
-    let bundle = Bundle { disk: rootfs.disk().cloned(), ..Bundle::load(Path::new(&request.bundle))? };
+    let bundle = Bundle { in_guest: rootfs.in_guest().cloned(), ..Bundle::load(Path::new(&request.bundle))? };
     let launch = Launch::plan(root, request.id.parse()?, bundle, options)?;
     if let Some(pod) = &launch.pod {
         bail!("container {} cannot join the sandbox of {}: containerd made them apart", launch.id, pod.peer.record.id);

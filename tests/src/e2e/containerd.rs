@@ -195,8 +195,12 @@ fn snapshotters<const V: usize>(context: &Context) -> Result<Verdict> {
     );
     let output = containerd::<V>(context, &text)?;
     let count = output.lines().last().unwrap_or_default();
-    // What the host can only have by mounting the image, the guest has as a disk.
-    let root = |name: &str| if name == "blockfile" { "/dev/vda ext4" } else { "none virtiofs" };
+    // What is in images of file systems, the guest has as disks.
+    let root = |name: &str| match name {
+        "blockfile" => "/dev/vda ext4",
+        "erofs" => "overlay overlay",
+        _ => "none virtiofs",
+    };
     let mut expected: Vec<_> = names.iter().flat_map(|name| [name, count, root(name), "0"]).collect();
     expected.push(count);
     expect(&output, &expected)?;

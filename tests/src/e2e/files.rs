@@ -172,20 +172,22 @@ fn held_back(context: &Context) -> Result<Verdict> {
 }
 
 /// What is done to a file system that lies over another.
-const CHANGES: &str = "set -e
+pub(super) const CHANGES: &str = "set -e
 rm gone; rm -r folder; mkdir folder; echo new >folder/new; echo more >>changed; chmod 750 mode
 mv moved folder/there; rm -r emptied/*; ln -s changed link; ln changed linked; mkfifo fifo";
 
 /// What is in a folder, with the marks by which overlayfs knows what it hides.
-const LOOK: &str = "import os, stat, sys
+pub(super) const LOOK: &str = "import os, stat, sys
 os.chdir(sys.argv[1])
 marks = ['trusted.overlay.' + mark for mark in ('opaque', 'redirect', 'metacopy', 'whiteout')]
 for folder, folders, files in os.walk('.'):
     for path in (os.path.join(folder, name) for name in folders + files):
         node, has = os.lstat(path), os.listxattr(path, follow_symlinks=False)
         text = open(path).read() if stat.S_ISREG(node.st_mode) else ''
+        # A whiteout is linked as often as overlayfs likes.
+        links = 0 if stat.S_ISCHR(node.st_mode) else node.st_nlink
         found = [(mark, os.getxattr(path, mark, follow_symlinks=False)) for mark in marks if mark in has]
-        print(path, oct(node.st_mode), node.st_uid, node.st_gid, node.st_rdev, node.st_nlink, repr(text), found)";
+        print(path, oct(node.st_mode), node.st_uid, node.st_gid, node.st_rdev, links, repr(text), found)";
 
 /// overlayfs in a guest, its upper folder shared by the host, leaves there what the host's would have: an engine that takes
 /// the folder for a layer need not know who wrote it. Of the host's file systems not all can be written so (RENAME_WHITEOUT):

@@ -21,6 +21,7 @@ mod grow;
 mod guest;
 mod hostile;
 mod idmap;
+mod layers;
 mod leftovers;
 mod limit;
 mod limits;
@@ -166,6 +167,7 @@ const CONTAINERD: &[Table] = &[
     containerd::AFTER,
     block_root::CASES,
     block_root::OWN,
+    layers::CASES,
     shim::CASES,
 ];
 

@@ -140,8 +140,8 @@ impl Server {
         let is_dot = matches!(entry.name.to_bytes(), b"." | b"..");
         // What is above an export's root is none of the guest's business.
         let ino = if parent.is_export_root && is_dot { parent.key.ino } else { entry.ino };
-        // A file name of the host that no guest could have made (one with a slash, from a broken file system) is not shown.
-        if !is_dot && super::names::check(&entry.name).is_err() {
+        // Nor is a file name of the host that no guest could have made (one with a slash, from a broken file system).
+        if !is_dot && (!parent.shows(&entry.name) || super::names::check(&entry.name).is_err()) {
             return Ok(());
         }
         let namelen = entry.name.count_bytes() as u32;

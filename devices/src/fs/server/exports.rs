@@ -11,7 +11,7 @@ use std::time::Duration;
 use super::names;
 
 /// How an export is served.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExportOptions {
     /// Every change is refused with EROFS.
     pub read_only: bool,
@@ -23,12 +23,19 @@ pub struct ExportOptions {
     pub cache_absent: Duration,
     /// Whether what is mounted inside the directory on the host is part of it. Otherwise its mount points give EXDEV.
     pub cross_mounts: bool,
+    /// Only these names are there in the directory, and it can not be changed: none comes or goes, and it keeps its own
+    /// attributes. What the names stand for can be changed as elsewhere. Empty: all that there are.
+    pub only: Vec<CString>,
+    /// Attributes of security modules that the guest does not have (`security.*` but for `security.capability`) are not
+    /// refused but dropped: overlayfs copies those of a file in a lower layer with it, or does not copy it.
+    pub drop_labels: bool,
 }
 
 impl Default for ExportOptions {
-    /// Writable, one second for what is there and none for what is not, mounts included.
+    /// Writable, one second for what is there and none for what is not, mounts and all names included.
     fn default() -> Self {
-        Self { read_only: false, cache: Duration::from_secs(1), cache_absent: Duration::ZERO, cross_mounts: true }
+        let (cache, cache_absent) = (Duration::from_secs(1), Duration::ZERO);
+        Self { read_only: false, cache, cache_absent, cross_mounts: true, only: Vec::new(), drop_labels: false }
     }
 }
 
@@ -137,7 +144,7 @@ impl Exports {
                 inner.last_id += 1;
                 inner.last_id
             });
-            let options = ExportOptions { read_only: !export.is_writable(), ..export.options };
+            let options = ExportOptions { read_only: !export.is_writable(), ..export.options.clone() };
             let renumbered = Export::new(id, export.name.clone(), options, Arc::clone(&export.fd));
             inner.by_id.insert(id, renumbered);
         }

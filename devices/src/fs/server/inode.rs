@@ -171,12 +171,19 @@ impl Node {
         self.export.is_removed() || self.mount.as_ref().is_some_and(|mount| mount.is_gone())
     }
 
-    /// Refuses what would change a read-only export.
+    /// Refuses what would change a read-only export, or the directory of one that shows some names of it only.
     ///
     /// # Errors
     /// EROFS.
     pub fn writable(&self) -> Result<(), Errno> {
-        if self.export.is_writable() { Ok(()) } else { Err(Errno::ROFS) }
+        let is_fixed = self.is_export_root && !self.export.options.only.is_empty();
+        if self.export.is_writable() && !is_fixed { Ok(()) } else { Err(Errno::ROFS) }
+    }
+
+    /// Whether the guest may know of the file `name` in this directory.
+    pub fn shows(&self, name: &CStr) -> bool {
+        let only = &self.export.options.only;
+        !self.is_export_root || only.is_empty() || only.iter().any(|shown| shown.as_c_str() == name)
     }
 
     /// Remembers which version the guest has been told of; true when that is the one it was told of before.

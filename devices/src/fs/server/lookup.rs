@@ -73,6 +73,9 @@ impl Server {
         if parent.kind != FileType::Directory {
             return Err(Errno::NOTDIR);
         }
+        if !parent.shows(name) {
+            return Err(Errno::NOENT);
+        }
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = match self.mounted_on_original(parent, name) {
             Some(fd) => fd,

@@ -10,19 +10,30 @@ use serde_json::{Value, json};
 
 /// Writes an image of one layer, the folder `root`, to `archive`; `config` is the image's own (its command, user, ...).
 pub fn archive(name: &str, root: &Path, config: &Value, archive: &Path) -> Result<()> {
+    of_layers(name, &[root], config, archive)
+}
+
+/// Writes one of several layers, each a folder, the lowest first.
+pub fn of_layers(name: &str, folders: &[impl AsRef<Path>], config: &Value, archive: &Path) -> Result<()> {
     let work = tempfile::TempDir::with_prefix("katavm-e2e-image-")?;
-    let layer = work.path().join("layer.tar");
-    run(Command::new("tar").arg("-C").arg(root).arg("-cf").arg(&layer).args(["--owner=0", "--group=0", "."]))?;
-    let sum = run(Command::new("sha256sum").arg(&layer))?;
-    let digest = format!("sha256:{}", sum.split_ascii_whitespace().next().unwrap_or_default());
+    let (mut layers, mut digests) = (Vec::new(), Vec::new());
+    for (number, folder) in folders.iter().enumerate() {
+        let layer = format!("layer-{number}.tar");
+        let file = work.path().join(&layer);
+        let tar = ["--owner=0", "--group=0", "."];
+        run(Command::new("tar").arg("-C").arg(folder.as_ref()).arg("-cf").arg(&file).args(tar))?;
+        let sum = run(Command::new("sha256sum").arg(&file))?;
+        digests.push(format!("sha256:{}", sum.split_ascii_whitespace().next().unwrap_or_default()));
+        layers.push(layer);
+    }
     let image = json!({
         "architecture": "amd64", "os": "linux", "config": config,
-        "rootfs": { "type": "layers", "diff_ids": [digest] },
+        "rootfs": { "type": "layers", "diff_ids": digests },
     });
     fs::write(work.path().join("config.json"), image.to_string())?;
-    let manifest = json!([{ "Config": "config.json", "RepoTags": [name], "Layers": ["layer.tar"] }]);
+    let manifest = json!([{ "Config": "config.json", "RepoTags": [name], "Layers": layers }]);
     fs::write(work.path().join("manifest.json"), manifest.to_string())?;
-    let parts = ["manifest.json", "config.json", "layer.tar"];
+    let parts = ["manifest.json", "config.json"].into_iter().map(str::to_owned).chain(layers);
     run(Command::new("tar").arg("-C").arg(work.path()).arg("-cf").arg(archive).args(parts)).map(drop)
 }
 
