@@ -326,7 +326,7 @@ fn out_of_memory(context: &Context) -> Result<Verdict> {
         context,
         "mkfifo go; exec 4<>go
          katavm run --bundle . c1 <go >out 2>&1 & run=$!
-         until katavm state c1 2>/dev/null | grep -q '\"running\"'; do sleep 0.2; done
+         until katavm state c1 2>/dev/null | grep -q '\"running\"'; do kill -0 $run || { cat out >&2; exit 1; }; sleep 0.2; done
          exec 3< <(katavm events --interval 300ms c1; echo events $?)
          read -r line <&3; echo \"${line%%:\\{*}\"
          katavm exec c1 busybox tail /dev/zero || echo exec $?
