@@ -56,8 +56,7 @@ impl Cgroup {
         let start = Instant::now();
         loop {
             match fs::create_dir(&self.path) {
-                // Seen in a guest that had just booted, with memory left: what a group has for each CPU could not be
-                // allocated at that moment.
+                // Seen now and then in a guest that had just booted; why the kernel says so is not known.
                 Err(error) if error.raw_os_error() == Some(libc::ENOMEM) && start.elapsed() < MAKING => {
                     crate::error!("{} cannot be made yet: {error}", self.path.display());
                     thread::sleep(MAKING / 20);

@@ -30,9 +30,9 @@ pub fn script(context: &Context, text: &str) -> Result<String> {
         let clean = "for id in $(katavm list -q); do katavm delete --force $id; done";
         Command::new("timeout").args(["-k", "5", &limit, "sh", "-c", clean]).output()?;
     }
-    let written = String::from_utf8_lossy(&output.stdout).into_owned();
+    let written = String::from_utf8_lossy(&output.stdout);
     ensure!(output.status.success(), "{}: {told}it had written:\n{written}", output.status);
-    Ok(written)
+    Ok(String::from_utf8(output.stdout)?)
 }
 
 /// Asks for exactly these lines.
