@@ -1,15 +1,23 @@
 //! What all containers together may have of the guest's memory.
 
-use std::fs;
 use std::sync::OnceLock;
+use std::time::Duration;
+use std::{fs, thread};
 
+use nix::errno::Errno;
 use nix::sys::sysinfo::sysinfo;
+use nix::time::{ClockId, clock_gettime};
 
 use crate::cgroup::CONTAINERS;
 use crate::error::Error;
 
 /// One part in so many of memory that is plugged in describes it (`struct page`: 64 bytes per 4 KiB).
 const PAGE_TABLE_SHARE: u64 = 64;
+
+/// No free page is reported to the host before (PAGE_REPORTING_DELAY in the kernel's mm/page_reporting.c).
+const FIRST_REPORT: Duration = Duration::from_secs(2);
+/// How often, and how many times, free memory is looked at while pages may be reported.
+const LOOKS: (Duration, u32) = (Duration::from_millis(5), 20);
 
 /// What they could have when the guest had booted.
 static AT_BOOT: OnceLock<u64> = OnceLock::new();
@@ -23,13 +31,32 @@ pub fn set(plugged: u64) -> Result<(), Error> {
     let at_boot = match AT_BOOT.get() {
         Some(room) => *room,
         None => {
-            let memory = sysinfo().map_err(|error| Error::io("cannot ask for the guest's memory", error.into()))?;
-            *AT_BOOT.get_or_init(|| left_to_containers(memory.ram_total(), memory.ram_unused()))
+            let memory = memory().map_err(|error| Error::io("cannot ask for the guest's memory", error.into()))?;
+            *AT_BOOT.get_or_init(|| left_to_containers(memory.0, memory.1))
         }
     };
     let room = at_boot.saturating_add(plugged - plugged / PAGE_TABLE_SHARE);
     let file = format!("{CONTAINERS}/memory.max");
     fs::write(&file, room.to_string()).map_err(|error| Error::io(format_args!("cannot write {room} to {file}"), error))
+}
+
+/// The guest's memory and what is free of it, in bytes.
+///
+/// Free pages that are just being reported to the host are not counted as free until it has answered, and the first
+/// report of a small guest has nearly all of them. A guest that boots within two seconds is before it; a slower one looks
+/// several times, for longer than a report takes, and believes the most that it saw.
+fn memory() -> Result<(u64, u64), Errno> {
+    let mut memory = sysinfo()?;
+    let mut free = memory.ram_unused();
+    if Duration::from(clock_gettime(ClockId::CLOCK_BOOTTIME)?) >= FIRST_REPORT {
+        let (pause, times) = LOOKS;
+        for _ in 0..times {
+            thread::sleep(pause);
+            memory = sysinfo()?;
+            free = free.max(memory.ram_unused());
+        }
+    }
+    Ok((memory.ram_total(), free))
 }
 
 /// What all containers together may have of the guest's memory, of which `unused` is free when the guest has started; in

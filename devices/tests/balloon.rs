@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use common::{CONFIG, HIGH_START, INTERRUPT_STATUS, Machine, WRITABLE, linked, writable};
 use katavm_devices::balloon::{Balloon, BalloonState};
+use katavm_devices::virtio::VirtioDevice as _;
 
 const PAGE: usize = 4096;
 const INFLATE: usize = 0;
@@ -54,6 +55,39 @@ fn reported_pages_go_back_to_the_host() {
     assert_eq!(machine.used(REPORTING), [(0, 0)]);
     assert_eq!(kept(&machine, WRITABLE, 8), [0, 3, 4, 6, 7]);
     assert_eq!(balloon.lock().unwrap().given_back(), 3 * PAGE as u64);
+}
+
+#[test]
+fn a_report_is_answered_before_the_vcpu_goes_on() {
+    let (mut machine, balloon) = machine();
+    assert!(
+        [INFLATE, DEFLATE, REPORTING].map(|queue| balloon.lock().unwrap().served_by_vcpu(queue))
+            == [false, false, true]
+    );
+    fill(&machine, WRITABLE, 3);
+    for _ in 0..3 {
+        machine.describe_all(machine.rings[REPORTING].desc, &linked(&[writable(WRITABLE, PAGE as u32)]));
+        machine.offer(REPORTING, 0);
+        machine.kick(REPORTING);
+        assert_eq!(machine.used(REPORTING), [(0, 0)]);
+    }
+    assert_eq!(kept(&machine, WRITABLE, 3), [1, 2]);
+    assert_eq!(machine.turn(), 0, "the event loop has nothing to do with it");
+}
+
+#[test]
+fn many_reports_at_once_are_shared_with_the_event_loop() {
+    let (mut machine, _) = machine();
+    fill(&machine, WRITABLE, 5);
+    for page in 0..5 {
+        let report = writable(WRITABLE + page * PAGE as u64, PAGE as u32);
+        machine.describe_all(machine.rings[REPORTING].desc + 16 * page, &[report]);
+        machine.offer(REPORTING, page as u16);
+    }
+    machine.kick(REPORTING);
+    assert_eq!(kept(&machine, WRITABLE, 5), [2, 3, 4]);
+    machine.run();
+    assert!(kept(&machine, WRITABLE, 5).is_empty());
 }
 
 #[test]

@@ -320,12 +320,14 @@ fn line(vm: &VmFd, gsi: u32) -> Result<EventFd, BuildError> {
     Ok(line)
 }
 
-/// A write of a queue's number to `QueueNotify` wakes the device's event loop without leaving the kernel.
+/// A write of a queue's number to `QueueNotify` wakes the device's event loop without leaving the kernel; where the vCPU is
+/// to serve the queue, it leaves the guest.
 fn register_kicks(vm: &VmFd, device: &SharedDevice, window: &Window) -> Result<(), BuildError> {
     let device = lock(device);
     let address = IoEventAddress::Mmio(window.address + NOTIFY_OFFSET);
-    for (kick, index) in device.queues().kicks().iter().zip(0_u32..) {
-        vm.register_ioevent(kick, &address, index).map_err(ioctl("KVM_IOEVENTFD"))?;
+    for (index, kick) in device.queues().kicks().iter().enumerate().filter(|(index, _)| !device.served_by_vcpu(*index))
+    {
+        vm.register_ioevent(kick, &address, index as u32).map_err(ioctl("KVM_IOEVENTFD"))?;
     }
     Ok(())
 }

@@ -10,7 +10,6 @@ use std::fs::{self, File};
 use std::io::{self, Read, Seek};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -22,9 +21,6 @@ use crate::error::Error;
 pub const ROOT: &str = "/sys/fs/cgroup";
 /// The group of all containers' groups.
 pub const CONTAINERS: &str = "/sys/fs/cgroup/katavm";
-
-/// How long a group may take to be made while the kernel has no memory for it.
-const MAKING: Duration = Duration::from_secs(2);
 
 /// The group of one container.
 #[derive(Debug, Clone)]
@@ -53,17 +49,7 @@ impl Cgroup {
     /// # Errors
     /// Those of mkdir(2).
     pub fn make(&self) -> io::Result<()> {
-        let start = Instant::now();
-        loop {
-            match fs::create_dir(&self.path) {
-                // Seen now and then in a guest that had just booted; why the kernel says so is not known.
-                Err(error) if error.raw_os_error() == Some(libc::ENOMEM) && start.elapsed() < MAKING => {
-                    crate::error!("{} cannot be made yet: {error}", self.path.display());
-                    thread::sleep(MAKING / 20);
-                }
-                made => return made,
-            }
-        }
+        fs::create_dir(&self.path)
     }
 
     /// Kills every process in it (cgroup.kill); none is left out, however fast they fork.

@@ -24,6 +24,9 @@ const REPORTING: usize = 2;
 const QUEUE_SIZES: [u16; 3] = [64, 64, 32];
 /// Requests of one queue in one turn of the event loop, which has other devices to serve: a report may be of 128 MiB.
 const REQUESTS_PER_TURN: usize = 1;
+/// Requests that one kick of a vCPU has it serve: Linux has one report at a time, and waits for its end. With the second
+/// place the queue is seen to be empty.
+const REPORTS_PER_KICK: usize = 2;
 /// The most pages of one request of the balloon that are looked at.
 const MOST_PAGES: usize = 4096;
 /// `struct virtio_balloon_config`: `num_pages` and `actual` (virtio 1.3, 5.5.4); more comes with features.
@@ -42,6 +45,10 @@ pub struct BalloonState {
 
 /// The balloon. Free pages are reported and given back to the host as they come; a guest that is out of memory takes
 /// pages out of the balloon by itself.
+///
+/// Pages of a report are nobody's in the guest until the device has answered: they may be all that is free of a small one,
+/// and whoever needs memory meanwhile is killed for want of it. So the vCPU that tells of them serves the report itself,
+/// however busy the host is: the guest does not run on there before it has its pages back.
 pub struct Balloon {
     queues: QueueSet,
     config: [u8; CONFIG_LEN],
@@ -104,10 +111,10 @@ impl Balloon {
         }
     }
 
-    fn serve(&mut self, queue: usize) {
+    fn serve(&mut self, queue: usize, most: usize) {
         let Self { queues, given_back, reports, .. } = self;
         let mut strangers = 0;
-        queues.serve(queue, REQUESTS_PER_TURN, |chain, memory| {
+        queues.serve(queue, most, |chain, memory| {
             let done = match queue {
                 INFLATE => inflate(chain, memory).map(|(bytes, unknown)| {
                     strangers += unknown;
@@ -164,6 +171,18 @@ impl VirtioDevice for Balloon {
         &mut self.queues
     }
 
+    fn served_by_vcpu(&self, index: usize) -> bool {
+        index == REPORTING
+    }
+
+    fn kicked(&mut self, index: usize) {
+        if self.served_by_vcpu(index) {
+            self.serve(index, REPORTS_PER_KICK);
+        } else {
+            self.queues.kick(index);
+        }
+    }
+
     fn config(&self) -> &[u8] {
         &self.config
     }
@@ -196,7 +215,7 @@ impl MutEventSubscriber for Balloon {
     fn process(&mut self, events: Events, _ops: &mut EventOps) {
         let queue = events.data() as usize;
         if self.queues.take_kick(queue) {
-            self.serve(queue);
+            self.serve(queue, REQUESTS_PER_TURN);
         }
     }
 }

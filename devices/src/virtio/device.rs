@@ -90,6 +90,17 @@ pub trait VirtioDevice: MutEventSubscriber + Send {
     /// The queues.
     fn queues_mut(&mut self) -> &mut QueueSet;
 
+    /// Whether queue `index` is served by the vCPU that kicks it, in [`kicked`](Self::kicked), before the guest goes on
+    /// there: the VMM leaves such a queue without an ioeventfd. The default is the event loop for all.
+    fn served_by_vcpu(&self, _index: usize) -> bool {
+        false
+    }
+
+    /// The driver kicks queue `index`, and the kick came as a write to the transport. The default wakes the event loop.
+    fn kicked(&mut self, index: usize) {
+        self.queues().kick(index);
+    }
+
     /// The configuration space as it is now. The transport checks bounds.
     fn config(&self) -> &[u8];
 

@@ -38,7 +38,6 @@ const WORDS: &str = r#"
     root() { ctr task exec --exec-id e$RANDOM $1 awk '$2 == "/" { print $1, $3 }' /proc/mounts </dev/null; }
     on_host() { echo $(losetup -a | grep -c blockfile) $(cat /proc/[0-9]*/mounts 2>/dev/null | grep -q ' ext4 ' && echo mounted); }
     image_of() { ctr snapshots --snapshotter blockfile mounts /mnt $1 | grep -o '/var/lib/[^ ]*'; }
-    stop() { ctr task kill -s KILL $1; until [ $(status $1) = STOPPED ]; do sleep 0.1; done; ctr task rm $1 >p 2>&1 || true; }
     block='--snapshotter blockfile'
 "#;
 

@@ -92,6 +92,7 @@ root = "/var/lib/containerd/{number}"
 END
         server() {{ containerd --config containerd.toml >>containerd.log 2>&1 & server=$!; until ctr version >p 2>&1; do kill -0 $server; sleep 0.2; done; }}
         status() {{ ctr task ls | awk -v id=$1 '$1 == id {{ print $3 }}'; }}
+        stop() {{ ctr task kill -s KILL $1; until [ $(status $1) = STOPPED ]; do sleep 0.1; done; ctr task rm $1 >p 2>&1 || true; }}
         run() {{ ctr run --runtime io.containerd.katavm.v2 "$@"; }}
         left() {{ pgrep -xa 'katavm-(sandbox|standin|watcher)'; find /run/containerd/s /run/katavm-containerd/default -mindepth 1 ! -name '.*'; }}
         # containerd forgets a task before it tells its end, so the last events of task and container come in any order.

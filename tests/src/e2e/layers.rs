@@ -34,7 +34,6 @@ const WORDS: &str = r#"
     at() { ctr snapshots $erofs mounts $PWD/m $1; }
     upper() { at $1 | grep -o 'upperdir=[^, ]*' | cut -d = -f 2; }
     wait_for() { until ctr task exec --exec-id e$RANDOM $1 test -e $2 </dev/null 2>p; do sleep 0.2; done; }
-    stop() { ctr task kill -s KILL $1; until [ $(status $1) = STOPPED ]; do sleep 0.1; done; ctr task rm $1 >p 2>&1 || true; }
     own='cd tried/open; rm theirs; echo mine >theirs; stat -c %u theirs'
     # By fsconfig(2) an option has 256 bytes at most, too few for a list of layers.
     export LIBMOUNT_FORCE_MOUNT2=always

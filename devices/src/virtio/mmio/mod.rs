@@ -21,7 +21,7 @@ use status::Step;
 /// Size of the register window, in bytes.
 pub const WINDOW: u64 = 0x1000;
 
-/// Offset of `QueueNotify`, where the VMM registers one ioeventfd per queue.
+/// Offset of `QueueNotify`, where the VMM registers an ioeventfd for each queue that no vCPU serves.
 pub const NOTIFY_OFFSET: u64 = reg::QUEUE_NOTIFY;
 
 /// A device that transport and event loop share.
@@ -126,7 +126,7 @@ impl MmioTransport {
             reg::DRIVER_FEATURES => self.accept_features(value),
             reg::DRIVER_FEATURES_SEL => self.driver_features_select = value,
             reg::QUEUE_SEL => self.queue_select = value,
-            // Kicks come by ioeventfd; this is the way of a VMM that has none.
+            // Most kicks come by ioeventfd; this is the way of a VMM that has none, and of queues that vCPUs serve.
             reg::QUEUE_NOTIFY => self.kick(value),
             reg::INTERRUPT_ACK => self.interrupt.acknowledge(value),
             reg::STATUS => self.set_status(value),
@@ -186,7 +186,7 @@ impl MmioTransport {
     }
 
     fn kick(&self, index: u32) {
-        self.lock().queues().kick(index as usize);
+        self.lock().kicked(index as usize);
     }
 
     fn status(&self) -> u32 {

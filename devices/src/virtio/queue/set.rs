@@ -55,7 +55,7 @@ impl QueueSet {
         &self.sizes
     }
 
-    /// One eventfd per queue, which the VMM gives to KVM as ioeventfds on `QueueNotify`.
+    /// One eventfd per queue, which the VMM gives to KVM as ioeventfds on `QueueNotify` (but those of queues that vCPUs serve).
     #[must_use]
     pub fn kicks(&self) -> &[EventFd] {
         &self.kicks
