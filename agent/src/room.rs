@@ -16,8 +16,12 @@ const PAGE_TABLE_SHARE: u64 = 64;
 
 /// No free page is reported to the host before (PAGE_REPORTING_DELAY in the kernel's mm/page_reporting.c).
 const FIRST_REPORT: Duration = Duration::from_secs(2);
-/// How often, and how many times, free memory is looked at while pages may be reported.
-const LOOKS: (Duration, u32) = (Duration::from_millis(5), 20);
+/// How often free memory is looked at while pages may be reported.
+const PAUSE: Duration = Duration::from_millis(5);
+/// So many looks are longer than a report takes.
+const LOOKS: u32 = 20;
+/// So many, where most of the memory seems not to be free: the host is very busy, and the report not over.
+const MOST_LOOKS: u32 = 400;
 
 /// What they could have when the guest had booted.
 static AT_BOOT: OnceLock<u64> = OnceLock::new();
@@ -49,11 +53,12 @@ fn memory() -> Result<(u64, u64), Errno> {
     let mut memory = sysinfo()?;
     let mut free = memory.ram_unused();
     if Duration::from(clock_gettime(ClockId::CLOCK_BOOTTIME)?) >= FIRST_REPORT {
-        let (pause, times) = LOOKS;
-        for _ in 0..times {
-            thread::sleep(pause);
+        let mut looks = 0;
+        while looks < LOOKS || (looks < MOST_LOOKS && free < memory.ram_total() / 2) {
+            thread::sleep(PAUSE);
             memory = sysinfo()?;
             free = free.max(memory.ram_unused());
+            looks += 1;
         }
     }
     Ok((memory.ram_total(), free))

@@ -60,10 +60,8 @@ fn reported_pages_go_back_to_the_host() {
 #[test]
 fn a_report_is_answered_before_the_vcpu_goes_on() {
     let (mut machine, balloon) = machine();
-    assert!(
-        [INFLATE, DEFLATE, REPORTING].map(|queue| balloon.lock().unwrap().served_by_vcpu(queue))
-            == [false, false, true]
-    );
+    let by_vcpu = [INFLATE, DEFLATE, REPORTING].map(|queue| balloon.lock().unwrap().served_by_vcpu(queue));
+    assert_eq!(by_vcpu, [false, false, true]);
     fill(&machine, WRITABLE, 3);
     for _ in 0..3 {
         machine.describe_all(machine.rings[REPORTING].desc, &linked(&[writable(WRITABLE, PAGE as u32)]));

@@ -325,9 +325,10 @@ fn line(vm: &VmFd, gsi: u32) -> Result<EventFd, BuildError> {
 fn register_kicks(vm: &VmFd, device: &SharedDevice, window: &Window) -> Result<(), BuildError> {
     let device = lock(device);
     let address = IoEventAddress::Mmio(window.address + NOTIFY_OFFSET);
-    for (index, kick) in device.queues().kicks().iter().enumerate().filter(|(index, _)| !device.served_by_vcpu(*index))
-    {
-        vm.register_ioevent(kick, &address, index as u32).map_err(ioctl("KVM_IOEVENTFD"))?;
+    for (kick, index) in device.queues().kicks().iter().zip(0_u32..) {
+        if !device.served_by_vcpu(index as usize) {
+            vm.register_ioevent(kick, &address, index).map_err(ioctl("KVM_IOEVENTFD"))?;
+        }
     }
     Ok(())
 }

@@ -40,8 +40,10 @@ impl Bus {
 
     /// A memory-mapped write.
     pub fn mmio_write(&self, address: u64, data: &[u8]) {
-        if let Some((transport, offset)) = self.window(address) {
-            lock(transport).write(offset, data);
+        let Some((transport, offset)) = self.window(address) else { return };
+        let kick = lock(transport).write(offset, data);
+        if let Some(kick) = kick {
+            kick.serve();
         }
     }
 

@@ -22,7 +22,7 @@ const INFLATE: usize = 0;
 const REPORTING: usize = 2;
 /// Linux' driver gives 256 pages in one request; its reports want at least 32 descriptors.
 const QUEUE_SIZES: [u16; 3] = [64, 64, 32];
-/// Requests of one queue in one turn of the event loop, which has other devices to serve: a report may be of 128 MiB.
+/// Requests of one queue in one turn of the event loop, which has other devices to serve: one may be of many MiB.
 const REQUESTS_PER_TURN: usize = 1;
 /// Requests that one kick of a vCPU has it serve: Linux has one report at a time, and waits for its end. With the second
 /// place the queue is seen to be empty.

@@ -91,7 +91,8 @@ pub trait VirtioDevice: MutEventSubscriber + Send {
     fn queues_mut(&mut self) -> &mut QueueSet;
 
     /// Whether queue `index` is served by the vCPU that kicks it, in [`kicked`](Self::kicked), before the guest goes on
-    /// there: the VMM leaves such a queue without an ioeventfd. The default is the event loop for all.
+    /// there: the VMM leaves such a queue without an ioeventfd. The event loop serves it all the same when it is told to, as
+    /// after a restore. The default is the event loop for all.
     fn served_by_vcpu(&self, _index: usize) -> bool {
         false
     }

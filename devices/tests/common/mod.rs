@@ -163,7 +163,9 @@ impl Machine {
     }
 
     pub fn set(&mut self, register: u64, value: u32) {
-        self.transport.write(register, &value.to_le_bytes());
+        if let Some(kick) = self.transport.write(register, &value.to_le_bytes()) {
+            kick.serve();
+        }
     }
 
     pub fn offered(&mut self) -> u64 {

@@ -1,6 +1,6 @@
 //! Memory that a guest has no use for goes back to the host.
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 
 use super::agent::whole_rootfs;
 use super::context::is_lab;
@@ -17,6 +17,7 @@ pub const CASES: Table = (
     &[
         ("the_balloon_is_filled_and_lets_go_when_memory_is_short", balloon),
         ("what_is_freed_goes_back_to_the_host", freed),
+        ("what_is_free_stays_so_while_it_goes_back", steady),
         ("what_was_read_goes_back_when_the_container_is_at_rest", at_rest),
         ("huge_pages_are_all_there_or_the_guest_is_refused", huge_pages),
     ],
@@ -59,6 +60,31 @@ fn balloon(context: &Context) -> Result<Verdict> {
 
 fn freed(context: &Context) -> Result<Verdict> {
     goes_back(context, 192, ALLOCATE, 0)
+}
+
+/// Free pages that are reported are not free meanwhile, and who needs them then is killed: nobody may run then.
+fn steady(context: &Context) -> Result<Verdict> {
+    let rootfs = whole_rootfs(context)?;
+    let guest = Guest::boot(context, |config| config.memory_mib = 160)?;
+    guest.sandbox()?;
+    // Looked at for longer than a report is waited for.
+    let look = "head -c 61m /dev/zero | tail -c 60m >/dev/null; awk 'BEGIN {
+        do {
+            getline line <\"/proc/uptime\"; close(\"/proc/uptime\"); split(line, now)
+            getline line <\"/proc/meminfo\"; getline line <\"/proc/meminfo\"; close(\"/proc/meminfo\"); split(line, free)
+            if (!looks++) { first = lowest = free[2]; end = now[1] + 4 }
+            if (free[2] < lowest) lowest = free[2]
+        } while (now[1] < end)
+        print free[1], first, lowest, looks }'";
+    let output = String::from_utf8(guest.run("look", &rootfs, &["sh", "-c", look])?.stdout)?;
+    println!("  {}", output.trim());
+    let Some(("MemFree:", numbers)) = output.split_once(' ') else { bail!("{output:?}") };
+    let numbers: Vec<u64> = numbers.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
+    let &[first, lowest, looks] = &*numbers else { bail!("{output:?}") };
+    ensure!(looks > 500, "it was not looked often enough: {output:?}");
+    ensure!(first - lowest < 8 << 10, "of {first} KiB free only {lowest} were free for a time");
+    guest.end()?;
+    Ok(Verdict::Passed)
 }
 
 fn at_rest(context: &Context) -> Result<Verdict> {

@@ -45,6 +45,21 @@ pub struct MmioTransport {
     queues_spoilt: bool,
 }
 
+/// A kick that came as a write. It is to be [served](Self::serve) without the transport's lock: another vCPU may ask for the
+/// cause of an interrupt meanwhile.
+#[must_use]
+pub struct Kick {
+    device: SharedDevice,
+    queue: usize,
+}
+
+impl Kick {
+    /// Has the device serve the queue, or its event loop, as the device likes.
+    pub fn serve(self) {
+        self.device.lock().unwrap_or_else(PoisonError::into_inner).kicked(self.queue);
+    }
+}
+
 impl MmioTransport {
     /// A transport in the state after reset.
     ///
@@ -92,15 +107,21 @@ impl MmioTransport {
         }
     }
 
-    /// A write of the guest at `offset` into the window. What nothing answers to is ignored.
-    pub fn write(&mut self, offset: u64, data: &[u8]) {
+    /// A write of the guest at `offset` into the window. What nothing answers to is ignored. A kick is given back: most
+    /// come by ioeventfd, these are of queues that vCPUs serve, or of a VMM that has no ioeventfds.
+    pub fn write(&mut self, offset: u64, data: &[u8]) -> Option<Kick> {
         if offset >= reg::CONFIG {
             self.write_config(offset - reg::CONFIG, data);
         } else if let Ok(bytes) = <[u8; 4]>::try_from(data)
             && offset.is_multiple_of(4)
         {
-            self.set_register(offset, u32::from_le_bytes(bytes));
+            let value = u32::from_le_bytes(bytes);
+            if offset == reg::QUEUE_NOTIFY {
+                return Some(Kick { device: self.device.clone(), queue: value as usize });
+            }
+            self.set_register(offset, value);
         }
+        None
     }
 
     fn register(&self, offset: u64) -> u32 {
@@ -126,8 +147,6 @@ impl MmioTransport {
             reg::DRIVER_FEATURES => self.accept_features(value),
             reg::DRIVER_FEATURES_SEL => self.driver_features_select = value,
             reg::QUEUE_SEL => self.queue_select = value,
-            // Most kicks come by ioeventfd; this is the way of a VMM that has none, and of queues that vCPUs serve.
-            reg::QUEUE_NOTIFY => self.kick(value),
             reg::INTERRUPT_ACK => self.interrupt.acknowledge(value),
             reg::STATUS => self.set_status(value),
             reg::SHM_SEL => self.shm_select = value,
@@ -183,10 +202,6 @@ impl MmioTransport {
             reg::QUEUE_DEVICE_HIGH => queue.set_used_ring_address(None, Some(value)),
             _ => {}
         }
-    }
-
-    fn kick(&self, index: u32) {
-        self.lock().kicked(index as usize);
     }
 
     fn status(&self) -> u32 {
