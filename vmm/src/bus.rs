@@ -41,9 +41,13 @@ impl Bus {
     /// A memory-mapped write.
     pub fn mmio_write(&self, address: u64, data: &[u8]) {
         let Some((transport, offset)) = self.window(address) else { return };
-        let kick = lock(transport).write(offset, data);
-        if let Some(kick) = kick {
-            kick.serve();
+        let mut transport = lock(transport);
+        match transport.kick(offset, data) {
+            None => transport.write(offset, data),
+            Some(kick) => {
+                drop(transport);
+                kick.serve();
+            }
         }
     }
 

@@ -163,9 +163,7 @@ impl Machine {
     }
 
     pub fn set(&mut self, register: u64, value: u32) {
-        if let Some(kick) = self.transport.write(register, &value.to_le_bytes()) {
-            kick.serve();
-        }
+        self.transport.write(register, &value.to_le_bytes());
     }
 
     pub fn offered(&mut self) -> u64 {

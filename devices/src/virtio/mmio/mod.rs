@@ -45,8 +45,8 @@ pub struct MmioTransport {
     queues_spoilt: bool,
 }
 
-/// A kick that came as a write. It is to be [served](Self::serve) without the transport's lock: another vCPU may ask for the
-/// cause of an interrupt meanwhile.
+/// A kick that came as a write. A VMM with several vCPUs [serves](Self::serve) it without the transport's lock: another one
+/// may ask for the cause of an interrupt meanwhile.
 #[must_use]
 pub struct Kick {
     device: SharedDevice,
@@ -107,21 +107,24 @@ impl MmioTransport {
         }
     }
 
-    /// A write of the guest at `offset` into the window. What nothing answers to is ignored. A kick is given back: most
-    /// come by ioeventfd, these are of queues that vCPUs serve, or of a VMM that has no ioeventfds.
-    pub fn write(&mut self, offset: u64, data: &[u8]) -> Option<Kick> {
-        if offset >= reg::CONFIG {
+    /// A write of the guest at `offset` into the window. What nothing answers to is ignored.
+    pub fn write(&mut self, offset: u64, data: &[u8]) {
+        if let Some(kick) = self.kick(offset, data) {
+            kick.serve();
+        } else if offset >= reg::CONFIG {
             self.write_config(offset - reg::CONFIG, data);
         } else if let Ok(bytes) = <[u8; 4]>::try_from(data)
             && offset.is_multiple_of(4)
         {
-            let value = u32::from_le_bytes(bytes);
-            if offset == reg::QUEUE_NOTIFY {
-                return Some(Kick { device: self.device.clone(), queue: value as usize });
-            }
-            self.set_register(offset, value);
+            self.set_register(offset, u32::from_le_bytes(bytes));
         }
-        None
+    }
+
+    /// The kick that a write at `offset` is. Most come by ioeventfd; these are of queues that vCPUs serve, or of a VMM that
+    /// has no ioeventfds.
+    pub fn kick(&self, offset: u64, data: &[u8]) -> Option<Kick> {
+        let bytes = <[u8; 4]>::try_from(data).ok().filter(|_| offset == reg::QUEUE_NOTIFY)?;
+        Some(Kick { device: self.device.clone(), queue: u32::from_le_bytes(bytes) as usize })
     }
 
     fn register(&self, offset: u64) -> u32 {
