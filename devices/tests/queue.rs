@@ -87,6 +87,36 @@ fn a_chain_that_was_put_back_comes_again() {
 }
 
 #[test]
+fn an_index_that_goes_back_is_noticed_when_it_is_read_again() {
+    let (mut driver, mut queue) = Driver::new();
+    for head in 0..3 {
+        driver.describe(head, writable(0x10000, 8));
+        driver.offer(head);
+    }
+    queue.pop().unwrap().unwrap();
+    driver.memory.write_obj(1_u16, GuestAddress(AVAIL + 2)).unwrap();
+    let heads: Vec<_> = (0..2).map(|_| queue.pop().unwrap().unwrap().head()).collect();
+    assert_eq!(heads, [1, 2], "they were made available, and that cannot be taken back");
+    assert!(matches!(queue.pop(), Err(QueueError::AvailableIndex { from: 3, to: 1 })));
+}
+
+#[test]
+fn what_comes_after_chains_were_put_back_is_taken_after_them() {
+    let (mut driver, mut queue) = Driver::new();
+    for head in 0..5 {
+        driver.describe(head, writable(0x10000, 8));
+    }
+    (0..3).for_each(|head| driver.offer(head));
+    for _ in 0..2 {
+        queue.pop().unwrap().unwrap();
+    }
+    queue.put_back();
+    (3..5).for_each(|head| driver.offer(head));
+    let heads: Vec<_> = std::iter::from_fn(|| queue.pop().unwrap()).map(|chain| chain.head()).collect();
+    assert_eq!(heads, [0, 1, 2, 3, 4]);
+}
+
+#[test]
 fn all_that_is_in_flight_can_be_put_back() {
     let (mut driver, mut queue) = Driver::new();
     for head in [4, 2, 9] {

@@ -35,7 +35,7 @@ impl<'m> Room<'m> {
     }
 
     /// Puts the header before what is there already; the chain and how long the packet is.
-    fn packet(mut self, header: &Header) -> (u16, u32) {
+    fn packet(&mut self, header: &Header) -> (u16, u32) {
         let written = self.header.write(&header.encode());
         (self.chain, u32::try_from(written).unwrap_or(u32::MAX).saturating_add(header.len))
     }
@@ -81,7 +81,7 @@ impl Vsock {
 
     /// Writes the next packet into `room`, or several of one connection into it and those after it; none when there is
     /// none after all.
-    fn next_packets(&mut self, room: Room<'_>, memory: &GuestMemory) -> Vec<(u16, u32)> {
+    fn next_packets<'m>(&mut self, mut room: Room<'m>, memory: &'m GuestMemory) -> Vec<(u16, u32)> {
         if room.is_useless() {
             debug!("a vsock receive buffer is too small for a header: given back empty");
             return vec![(room.chain, 0)];
@@ -120,7 +120,7 @@ fn packets_from<'m>(
 ) -> Vec<(u16, u32)> {
     let control = |entry: &mut Entry, rooms: &mut Vec<Room<'m>>| -> Option<Vec<(u16, u32)>> {
         let header = entry.connection.next_control(guest_cid)?;
-        Some(vec![rooms.remove(0).packet(&header)])
+        Some(rooms.first_mut().map(|room| room.packet(&header)).into_iter().collect())
     };
     if let Some(packet) = control(entry, rooms) {
         return packet;
@@ -134,15 +134,16 @@ fn packets_from<'m>(
         let len = room_of(rooms).min(credit);
         if len == 0 {
             // A buffer for nothing but headers. An empty packet uses it up; the next may be longer.
-            return vec![rooms.remove(0).packet(&entry.connection.data_header(guest_cid, 0))];
+            let header = entry.connection.data_header(guest_cid, 0);
+            return rooms.first_mut().map(|room| room.packet(&header)).into_iter().collect();
         }
         match socket.receive_into(rooms.iter().map(|room| &room.payload), len) {
             Ok(received) if received > 0 => {
                 // It had more than there was room for, or as much.
                 entry.floods = received == len;
                 let mut left = received;
-                let mut packets = Vec::new();
-                for room in rooms.drain(..) {
+                let mut packets = Vec::with_capacity(rooms.len());
+                for room in rooms.iter_mut() {
                     let part = room.payload.remaining().min(left);
                     if part == 0 {
                         break;
@@ -174,15 +175,23 @@ struct Supply<'q, 'm> {
 }
 
 impl<'m> Supply<'_, 'm> {
-    /// Takes buffers from the queue for as long as they are few and there is credit for more.
+    /// Takes buffers from the queue for as long as they are few and there is credit for more. A first one that has room
+    /// for nothing but a header stays alone: those that are filled must be the first of all.
     fn add_to(&mut self, rooms: &mut Vec<Room<'m>>, credit: usize) {
-        while rooms.len() < self.share && room_of(rooms) < credit {
+        let there = room_of(rooms);
+        if there == 0 {
+            return;
+        }
+        let mut room_left = credit.saturating_sub(there);
+        while rooms.len() < self.share && room_left > 0 {
             let Some(chain) = self.queues.pop(RX) else { return };
             let room = Room::new(&chain, self.memory);
-            if room.is_useless() || room.payload.remaining() == 0 {
+            let size = room.payload.remaining();
+            if room.is_useless() || size == 0 {
                 // It is looked at when it is the first one.
                 return self.queues.undo_pop(RX);
             }
+            room_left = room_left.saturating_sub(size);
             rooms.push(room);
         }
     }

@@ -62,15 +62,13 @@ impl Socket {
         buffers: impl IntoIterator<Item = &'b Buffers<'m>>,
         len: usize,
     ) -> io::Result<usize> {
-        let (mut vectors, mut left) = (Vec::new(), len);
+        let buffers = buffers.into_iter();
+        let (mut vectors, mut left) = (Vec::with_capacity(buffers.size_hint().0), len);
         for buffer in buffers {
-            let before = left;
-            for vector in buffer.iovecs(left) {
-                left -= vector.iov_len;
-                vectors.push(vector);
-            }
+            let added = buffer.add_iovecs(left, &mut vectors);
+            left -= added;
             // Without a gap: not even all of this one, for it has too many pieces or there is enough.
-            if before - left < buffer.remaining() {
+            if added < buffer.remaining() {
                 break;
             }
         }

@@ -2,7 +2,7 @@
 
 use std::os::unix::net::UnixStream;
 
-use crate::common::{RUNNING, STATUS, readable};
+use crate::common::{RUNNING, STATUS, WRITABLE, readable, writable};
 use crate::driver::*;
 
 /// How a row starts: a connection that the host started, and one that bystands.
@@ -348,6 +348,40 @@ fn a_storm_of_resets_is_silent() {
         scene.guest.write(&mut scene.socket, b"alive");
         assert_eq!(read_some(&mut scene.stream, 10), b"alive");
     });
+}
+
+#[test]
+fn a_buffer_for_nothing_but_a_header_costs_no_bytes() {
+    let mut guest = Guest::down();
+    guest.start();
+    guest.post(3);
+    let (_socket, mut stream) = guest.accept(1025, 1 << 20);
+    let data = Numbers(7).bytes(100_000);
+    std::io::Write::write_all(&mut stream, &data).unwrap();
+    guest.run();
+    let mut got = Vec::new();
+    let mut take = |guest: &mut Guest| {
+        let used = guest.machine.used(RX);
+        let lens = used.iter().map(|(head, len)| {
+            let packet = Packet::parse(&guest.machine.take(WRITABLE + u64::from(*head) * 4096, *len as usize));
+            got.extend(packet.payload);
+            packet.len
+        });
+        lens.collect::<Vec<_>>()
+    };
+    assert_eq!(take(&mut guest), [4052; 3], "the host has more to say than there is room for");
+    for index in 0..30 {
+        let desc = guest.machine.rings[RX].desc;
+        let len = if index % 10 == 0 { 44 } else { 4096 };
+        guest.machine.describe(desc, index, writable(WRITABLE + u64::from(index) * 4096, len));
+        guest.machine.offer(RX, index);
+    }
+    guest.machine.kick(RX);
+    guest.run();
+    let lens = take(&mut guest);
+    assert_eq!((lens[0], lens[10], lens[20]), (0, 0, 0));
+    assert!(got == data, "{} bytes of {}", got.len(), data.len());
+    assert_eq!(guest.machine.get(STATUS), RUNNING);
 }
 
 #[test]

@@ -1,11 +1,11 @@
 //! The buffers of a chain as one run of bytes.
 
-use std::collections::VecDeque;
 use std::io;
 
+use smallvec::SmallVec;
 use vm_memory::{ByteValued, GuestAddress, GuestMemory as _, VolatileSlice};
 
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, slice};
 
 /// A run of guest memory made of several pieces, consumed from its front.
 ///
@@ -14,27 +14,34 @@ use crate::memory::GuestMemory;
 /// copy a value out once, then check it, then use the copy.
 #[derive(Clone)]
 pub struct Buffers<'m> {
-    pieces: VecDeque<VolatileSlice<'m>>,
+    /// The pieces that are left stand from `first` on.
+    pieces: SmallVec<[VolatileSlice<'m>; 4]>,
+    first: usize,
     consumed: usize,
 }
 
 impl<'m> Buffers<'m> {
     pub(super) fn new(memory: &'m GuestMemory, pieces: &[(GuestAddress, u32)]) -> Self {
         // Ranges were checked when the chain was read. What is dropped here is memory that the driver has plugged out since.
-        let slices = pieces.iter().flat_map(|(address, len)| memory.get_slices(*address, *len as usize));
-        let pieces = slices.flatten().collect();
-        Self { pieces, consumed: 0 }
+        let mut slices: SmallVec<[_; 4]> = SmallVec::new();
+        for (address, len) in pieces.iter().filter(|(_, len)| *len > 0) {
+            match slice(memory, *address, *len as usize) {
+                Some(whole) => slices.push(whole),
+                None => slices.extend(memory.get_slices(*address, *len as usize).flatten()),
+            }
+        }
+        Self { pieces: slices, first: 0, consumed: 0 }
     }
 
     /// The pieces that are left, in order.
     pub fn pieces(&self) -> impl Iterator<Item = &VolatileSlice<'m>> {
-        self.pieces.iter()
+        self.pieces.iter().skip(self.first)
     }
 
     /// Bytes left.
     #[must_use]
     pub fn remaining(&self) -> usize {
-        self.pieces.iter().map(VolatileSlice::len).sum()
+        self.pieces().map(VolatileSlice::len).sum()
     }
 
     /// Bytes consumed so far.
@@ -99,20 +106,22 @@ impl<'m> Buffers<'m> {
     /// Cuts the run in two: `self` keeps the first `len` bytes, the rest is returned. With fewer left, the rest is empty.
     #[must_use]
     pub fn split_off(&mut self, len: usize) -> Self {
-        let mut first = VecDeque::new();
-        let mut left = len;
-        while left > 0 {
-            let Some(piece) = self.pieces.pop_front() else { break };
-            if piece.len() <= left {
-                left -= piece.len();
-                first.push_back(piece);
-            } else if let Ok((head, tail)) = piece.split_at(left) {
-                first.push_back(head);
-                self.pieces.push_front(tail);
-                left = 0;
-            }
+        let (mut at, mut left) = (self.first, len);
+        while left > 0
+            && let Some(piece) = self.pieces.get(at).filter(|piece| piece.len() <= left)
+        {
+            left -= piece.len();
+            at += 1;
         }
-        Self { pieces: std::mem::replace(&mut self.pieces, first), consumed: 0 }
+        let mut rest: SmallVec<[_; 4]> = self.pieces.drain(at..).collect();
+        if left > 0
+            && let Some(cut) = rest.first_mut()
+            && let Ok((head, tail)) = cut.split_at(left)
+        {
+            self.pieces.push(head);
+            *cut = tail;
+        }
+        Self { pieces: rest, first: 0, consumed: 0 }
     }
 
     /// The pieces of the first `max` bytes as an iovec array for a system call on this memory, at most `IOV_MAX` of them.
@@ -121,9 +130,18 @@ impl<'m> Buffers<'m> {
     /// call, [`consume`](Self::consume) what it transferred.
     #[must_use]
     pub fn iovecs(&self, max: usize) -> Vec<libc::iovec> {
+        let left = self.pieces.len() - self.first;
+        let mut vectors = Vec::with_capacity(left.min(libc::UIO_MAXIOV as usize));
+        self.add_iovecs(max, &mut vectors);
+        vectors
+    }
+
+    /// Adds the pieces of the first `max` bytes to an iovec array, as many as it may have in all, on the same terms. Returns
+    /// how many bytes they have.
+    pub fn add_iovecs(&self, max: usize, vectors: &mut Vec<libc::iovec>) -> usize {
         let mut left = max;
-        let mut vectors = Vec::with_capacity(self.pieces.len().min(libc::UIO_MAXIOV as usize));
-        for piece in self.pieces.iter().take(libc::UIO_MAXIOV as usize) {
+        let places = (libc::UIO_MAXIOV as usize).saturating_sub(vectors.len());
+        for piece in self.pieces().take(places) {
             let len = piece.len().min(left);
             if len == 0 {
                 break;
@@ -131,7 +149,7 @@ impl<'m> Buffers<'m> {
             vectors.push(libc::iovec { iov_base: piece.ptr_guard_mut().as_ptr().cast(), iov_len: len });
             left -= len;
         }
-        vectors
+        max - left
     }
 
     /// Drops `len` bytes from the front.
@@ -142,14 +160,17 @@ impl<'m> Buffers<'m> {
     /// Walks over the first `len` bytes piece by piece and consumes them; `act` gets each piece and its offset.
     fn each(&mut self, len: usize, mut act: impl FnMut(&VolatileSlice<'m>, usize)) -> usize {
         let mut done = 0;
-        while done < len {
-            let Some(piece) = self.pieces.pop_front() else { break };
+        while done < len
+            && let Some(piece) = self.pieces.get_mut(self.first)
+        {
             let take = piece.len().min(len - done);
             let Ok((head, tail)) = piece.split_at(take) else { break };
             act(&head, done);
             done += take;
-            if !tail.is_empty() {
-                self.pieces.push_front(tail);
+            if tail.is_empty() {
+                self.first += 1;
+            } else {
+                *piece = tail;
             }
         }
         self.consumed += done;

@@ -2,11 +2,12 @@
 
 use std::mem::size_of;
 
+use smallvec::SmallVec;
 use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemory as _};
 
 use super::Buffers;
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, slice};
 
 /// More descriptors than this in one chain are refused, indirect ones included. Linux' drivers stay far below.
 const MAX_DESCRIPTORS: usize = 1024;
@@ -24,6 +25,15 @@ struct RawDescriptor {
 unsafe impl ByteValued for RawDescriptor {}
 
 impl RawDescriptor {
+    fn read(memory: &GuestMemory, address: GuestAddress) -> Result<Self, ChainError> {
+        if let Some(whole) = slice(memory, address, size_of::<Self>())
+            && let Ok(this) = whole.read_obj(0)
+        {
+            return Ok(this);
+        }
+        memory.read_obj(address).map_err(|_| ChainError::Table)
+    }
+
     fn has(&self, flag: u32) -> bool {
         u32::from(u16::from_le(self.flags)) & flag != 0
     }
@@ -60,12 +70,15 @@ pub enum ChainError {
     Order,
 }
 
+/// Buffers of one direction. Few requests have more than fit here without an allocation.
+type Pieces = SmallVec<[(GuestAddress, u32); 4]>;
+
 /// One request of the driver: its buffers, all of them valid.
 #[derive(Clone, Debug)]
 pub struct Chain {
     head: u16,
-    readable: Vec<(GuestAddress, u32)>,
-    writable: Vec<(GuestAddress, u32)>,
+    readable: Pieces,
+    writable: Pieces,
     /// Bytes in all buffers.
     len: u64,
 }
@@ -73,7 +86,7 @@ pub struct Chain {
 impl Chain {
     /// Reads and checks the chain that starts at `head` of the table at `table` with `size` entries.
     pub(super) fn read(memory: &GuestMemory, table: GuestAddress, size: u16, head: u16) -> Result<Self, ChainError> {
-        let mut chain = Self { head, readable: Vec::new(), writable: Vec::new(), len: 0 };
+        let mut chain = Self { head, readable: Pieces::new(), writable: Pieces::new(), len: 0 };
         chain.walk(memory, table, size, head, false)?;
         Ok(chain)
     }
@@ -94,7 +107,7 @@ impl Chain {
             }
             let offset = u64::from(index) * size_of::<RawDescriptor>() as u64;
             let address = GuestAddress(table.0.checked_add(offset).ok_or(ChainError::Table)?);
-            let descriptor: RawDescriptor = memory.read_obj(address).map_err(|_| ChainError::Table)?;
+            let descriptor = RawDescriptor::read(memory, address)?;
             if descriptor.has(VRING_DESC_F_INDIRECT) {
                 return self.walk_indirect(memory, &descriptor, indirect);
             }
@@ -134,7 +147,7 @@ impl Chain {
         }
         let address = GuestAddress(addr);
         // An empty buffer has no bytes to be outside of memory.
-        if !memory.check_range(address, len as usize) {
+        if slice(memory, address, len as usize).is_none() && !memory.check_range(address, len as usize) {
             return Err(ChainError::Buffer { addr, len });
         }
         if descriptor.has(VRING_DESC_F_WRITE) {

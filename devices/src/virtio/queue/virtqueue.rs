@@ -7,7 +7,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory as _};
 
 use super::{Chain, ChainError, QueueState};
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, slice};
 
 /// Why a queue cannot go on. The device must be put into `DEVICE_NEEDS_RESET`.
 #[derive(Debug, thiserror::Error)]
@@ -45,6 +45,8 @@ pub struct VirtQueue {
     memory: GuestMemory,
     /// Heads taken and not yet given back, in order.
     in_flight: Vec<u16>,
+    /// The driver's index of the available ring when it was last read: what comes before it is there to be taken.
+    known: Wrapping<u16>,
     /// Chains given back since the driver's wish for an interrupt was last looked at.
     given: Wrapping<u16>,
 }
@@ -55,7 +57,8 @@ impl VirtQueue {
     /// # Errors
     /// [`QueueError::Config`].
     pub fn new(queue: Queue, memory: GuestMemory) -> Result<Self, QueueError> {
-        let this = Self { queue, memory, in_flight: Vec::new(), given: Wrapping(0) };
+        let known = Wrapping(queue.next_avail());
+        let this = Self { queue, memory, in_flight: Vec::new(), known, given: Wrapping(0) };
         if this.queue.ready() && !this.is_valid() {
             return Err(QueueError::Config);
         }
@@ -82,14 +85,16 @@ impl VirtQueue {
             return Ok(None);
         }
         let from = self.queue.next_avail();
-        let to = self.queue.avail_idx(&self.memory, Ordering::Acquire)?;
-        let pending = to - Wrapping(from);
-        if pending.0 == 0 {
-            return Ok(None);
-        }
         let size = self.queue.size();
-        if pending.0 > size {
-            return Err(QueueError::AvailableIndex { from, to: to.0 });
+        if self.known.0 == from {
+            let to = self.queue.avail_idx(&self.memory, Ordering::Acquire)?;
+            if (to - self.known).0 > size {
+                return Err(QueueError::AvailableIndex { from, to: to.0 });
+            }
+            self.known = to;
+        }
+        if self.known.0 == from {
+            return Ok(None);
         }
         let entry = self.queue.avail_ring() + 4 + 2 * u64::from(from % size);
         let head = self.memory.load(GuestAddress(entry), Ordering::Acquire);
@@ -109,6 +114,8 @@ impl VirtQueue {
     pub fn undo_pop(&mut self) {
         if self.in_flight.pop().is_some() {
             self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(1));
+            // The index is read anew, and checked against where the queue is now.
+            self.known = Wrapping(self.queue.next_avail());
         }
     }
 
@@ -142,7 +149,10 @@ impl VirtQueue {
             // Index and length of the chain, after flags and index of the ring (virtio 1.3, 2.7.8).
             let entry = u64::from(u32::from(*head).to_le()) | u64::from(len.to_le()) << 32;
             let address = GuestAddress(ring + 4 + 8 * u64::from(next.0 % self.queue.size()));
-            self.memory.write_obj(entry, address).map_err(virtio_queue::Error::GuestMemory)?;
+            let written = slice(&self.memory, address, 8).is_some_and(|place| place.write_obj(entry, 0).is_ok());
+            if !written {
+                self.memory.write_obj(entry, address).map_err(virtio_queue::Error::GuestMemory)?;
+            }
             next += 1;
         }
         let index = self.memory.store(next.0.to_le(), GuestAddress(ring + 2), Ordering::Release);
