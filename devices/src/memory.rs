@@ -106,8 +106,8 @@ impl GuestMemoryRegion for GuestRegion {
 
 impl GuestMemoryRegionBytes for GuestRegion {}
 
-/// The `len` bytes at `address`, where one region has all of them, as is nearly always so: [`GuestMemory`]'s own way walks
-/// over regions one by one, at ten times the instructions.
+/// The `len` bytes at `address`, where one region has all of them, as is nearly always so. Where it is not,
+/// [`GuestMemory`]'s own way, which walks over regions one by one, is there; it costs more.
 pub(crate) fn slice(memory: &GuestMemory, address: GuestAddress, len: usize) -> Option<VolatileSlice<'_>> {
     let (region, offset) = memory.to_region_addr(address)?;
     region.get_slice(offset, len).ok()
